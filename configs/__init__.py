@@ -1,0 +1,1 @@
+"""Presets: one YAML file `<agent>.<suite>.yaml` each, holding only what differs."""

@@ -1,0 +1,223 @@
+"""The command `data`: list, info, verify, download and collect."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from rl_shift.commands import limit_torch
+from rl_shift.errors import UserError, nearest
+from rl_shift.options import Parser, options_of, split, taken
+
+TEXT = """usage: rl-shift data ACTION ...
+
+actions:
+  list                           every known dataset and whether its file is here
+  info ID|PATH                   environment, scores and statistics of a dataset
+  verify ID|PATH                 read a file anew and say what is wrong with it
+  download ID [--base-url URL]   fetch a D4RL file ($D4RL_BASE_URL is the default address)
+  collect --policy P --env ID --steps N --out FILE
+                                 record policies as a file in D4RL's layout
+
+`rl-shift data ACTION --help` shows its options. Files are looked for in $RL_SHIFT_DATA,
+$D4RL_DATASET_DIR and ~/.d4rl/datasets."""
+
+
+def data(argv: list[str]) -> int:
+    """`rl-shift data`."""
+    actions: dict[str, Callable[[list[str]], int]] = {
+        "list": _list,
+        "info": _info,
+        "verify": _verify,
+        "download": _download,
+        "collect": _collect,
+    }
+    if argv and argv[0] in ("-h", "--help"):
+        print(TEXT)
+        return 0
+    if not argv or argv[0] not in actions:
+        hint = nearest(argv[0], actions) if argv else ""
+        raise UserError(f"rl-shift data takes one of {', '.join(actions)}{hint}")
+    return actions[argv[0]](argv[1:])
+
+
+# ---- list, info, verify ------------------------------------------------------------------------
+
+
+def _list(argv: list[str]) -> int:
+    if _one_argument("list", argv, 0, "Lists every known dataset id and the local files.") is None:
+        return 0
+    print_table()
+    return 0
+
+
+def print_table() -> None:
+    """One line per dataset: id, kind, environment, where its file lies."""
+    from rl_shift.dataset_reports import list_datasets
+
+    rows = list_datasets()
+    width = max(len(row["id"]) for row in rows)
+    for row in rows:
+        env_id = row["env_id"] or "no Gymnasium environment"
+        place = row["path"] or "not here"
+        print(f"{row['id']:{width}}  {row['kind']:11}  {env_id:26}  {place}")
+
+
+def _info(argv: list[str]) -> int:
+    text = "Reads a dataset and describes it: environment, reference scores, returns, lengths."
+    name = _one_argument("info", argv, 1, text)
+    if name is None:
+        return 0
+    from rl_shift.dataset_reports import info
+
+    report = info(name[0])
+    numbers, said = report.pop("statistics"), report.pop("notes")
+    _print_fields(report | {k: v for k, v in numbers.items() if not isinstance(v, list)})
+    for note in said:
+        print(f"note: {note}")
+    return 0
+
+
+def _verify(argv: list[str]) -> int:
+    text = "Reads a file anew, past every cache, and says what training would refuse."
+    name = _one_argument("verify", argv, 1, text)
+    if name is None:
+        return 0
+    from rl_shift.dataset_reports import verify
+
+    report = verify(name[0])
+    problems, warnings = report.pop("problems"), report.pop("warnings")
+    for problem in problems:
+        print(f"rl-shift: problem: {problem}", file=sys.stderr)
+    if problems:
+        return 2
+    _print_fields(report)
+    for warning in warnings:
+        print(f"warning: {warning}")
+    print("ok")
+    return 0
+
+
+# ---- download, collect -------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class DownloadSettings:
+    """Flags of `rl-shift data download`."""
+
+    base_url: str | None = None  # the server's address; default: $D4RL_BASE_URL
+    timeout: float = 10.0  # seconds without data after which to give up
+
+
+def _download(argv: list[str]) -> int:
+    words, flags = split(argv, ("--help", "-h"))
+    parser = Parser(
+        options_of(DownloadSettings),
+        usage="rl-shift data download ID [--base-url URL] [--timeout SECONDS]",
+        description="Fetches a D4RL file into $D4RL_DATASET_DIR or ~/.d4rl/datasets.",
+    )
+    if {"--help", "-h"} & set(flags):
+        parser.parser.print_help()
+        return 0
+    settings = DownloadSettings(**(parser.defaults() | parser.flags(flags)))
+    if len(words) != 1:
+        raise UserError(f"give one dataset ID, not {len(words)}: rl-shift data download ID")
+    from rl_shift.downloading import download
+
+    with _Bar("download", None, "B") as advance:
+        path = download(words[0], settings.base_url, settings.timeout, advance)
+    print(f"saved {path}")
+    return 0
+
+
+@dataclass(frozen=True)
+class CollectSettings:
+    """Flags of `rl-shift data collect`."""
+
+    env: str | None = None  # Gymnasium id (required)
+    steps: int | None = None  # transitions in all (required)
+    out: str | None = None  # the HDF5 file to write (required)
+    noise: float = 0.0  # standard deviation of Gaussian noise on the actions
+    seed: int = 0  # of environments and noise
+    compression: str | None = None  # such as gzip; uncompressed files load fastest
+    threads: int = 1  # CPU threads
+
+
+def _collect(argv: list[str]) -> int:
+    words, flags = split(argv, ("--help", "-h"))
+    parser = Parser(
+        options_of(CollectSettings),
+        usage="rl-shift data collect --policy RUN_DIR|NPZ|random [--policy ...]... --env ID "
+        "--steps N --out FILE [options]",
+        description="Records policies as a file in D4RL's v2 layout; several --policy share the "
+        "steps. Equal arguments give an equal file.",
+    )
+    if {"--help", "-h"} & set(flags):
+        parser.parser.print_help()
+        return 0
+    policies = taken(flags, "--policy")
+    settings = CollectSettings(**(parser.defaults() | parser.flags(flags)))
+    if words:
+        raise UserError(f"unexpected argument {words[0]!r}; policies are given with --policy")
+    if not policies or settings.env is None or settings.steps is None or settings.out is None:
+        raise UserError("rl-shift data collect needs --policy, --env, --steps and --out")
+    limit_torch(settings.threads)
+    from rl_shift.recording import record
+
+    with _Bar("collect", settings.steps, " steps") as advance:
+        path = record(
+            policies,
+            settings.env,
+            settings.steps,
+            settings.out,
+            settings.noise,
+            settings.seed,
+            compression=settings.compression,
+            progress=advance,
+        )
+    print(f"saved {path}")
+    return 0
+
+
+class _Bar:
+    """A bar on a terminal, nothing elsewhere; hands out a function that takes the total so far."""
+
+    def __init__(self, label: str, total: int | None, unit: str) -> None:
+        from tqdm import tqdm
+
+        hidden = not sys.stderr.isatty()
+        self.bar: Any = tqdm(total=total, desc=label, unit=unit, unit_scale=True, disable=hidden)
+
+    def __enter__(self) -> Callable[[int], None]:
+        return self._to
+
+    def _to(self, count: int) -> None:
+        self.bar.update(count - self.bar.n)
+
+    def __exit__(self, *error: object) -> None:
+        self.bar.close()
+
+
+def _one_argument(action: str, argv: list[str], count: int, text: str) -> list[str] | None:
+    """The positional words of an action without flags; None if it only asks for help."""
+    names = " ID|PATH" * count
+    if {"--help", "-h"} & set(argv):
+        print(f"usage: rl-shift data {action}{names}\n\n{text}")
+        return None
+    words, flags = split(argv)
+    if flags or len(words) != count:
+        given = (flags + words)[0] if flags or words else "nothing"
+        raise UserError(f"rl-shift data {action} takes{names or ' no argument'}, not {given}")
+    return words
+
+
+def _print_fields(fields: dict[str, Any]) -> None:
+    width = max(map(len, fields))
+    for name, value in fields.items():
+        if isinstance(value, float):
+            value = f"{value:.6g}"
+        elif isinstance(value, Sequence) and not isinstance(value, str):
+            value = " ".join(f"{v:.6g}" if isinstance(v, float) else str(v) for v in value)
+        print(f"{name:{width}}  {value}")

@@ -1,0 +1,208 @@
+"""The command `evaluate`: returns of a run's checkpoint, or paired comparisons on it."""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from rl_shift import config
+from rl_shift.commands import existing_run, limit_torch
+from rl_shift.errors import UserError
+from rl_shift.options import Parser, options_of, split
+
+if TYPE_CHECKING:
+    from rl_shift.config import Task
+    from rl_shift.evaluation import Result
+
+    Results = list[tuple[Task, Result]]  # one entry per task
+    Variant = tuple[dict[str, Any], Results]  # evaluation-time values, results
+
+
+@dataclass(frozen=True)
+class EvaluationSettings:
+    """Flags of `rl-shift evaluate`."""
+
+    episodes: int = 100  # per task and seed
+    env: str | None = None  # Gymnasium id; default: the run's own environments
+    seed: int = 0  # of the environments; equal seeds give equal initial states
+    lanes: int = 10  # environments side by side
+    compare: str | None = None  # FIELD=A,B: the same episodes with each value, paired
+    json: str | None = None  # also write every return to this file
+    threads: int = 1  # CPU threads
+
+
+def evaluate(argv: list[str]) -> int:
+    """`rl-shift evaluate`."""
+    words, flags = split(argv, switches=("--help", "-h"))
+    parser = Parser(
+        options_of(EvaluationSettings),
+        usage="rl-shift evaluate RUN_DIR[#k] [options] [--agent.FIELD V]...",
+        description="Evaluates the last checkpoint of a run on whole episodes. RUN_DIR#k takes the "
+        "k-th of several seeds. --agent.FIELD and --compare accept the fields that the agent marks "
+        "as evaluation-time.",
+    )
+    if {"--help", "-h"} & set(flags):
+        parser.parser.print_help()
+        return 0
+    if len(words) != 1:
+        raise UserError(f"give one RUN_DIR, not {len(words)}: rl-shift evaluate RUN_DIR")
+    own = [flag for flag in flags if flag.startswith("--agent.")]
+    values = parser.flags([flag for flag in flags if flag not in own])
+    settings = EvaluationSettings(**(parser.defaults() | values))
+    spec = words[0]
+    requested = _requested(spec, own, settings.compare)
+    _check_writable(settings.json)
+    limit_torch(settings.threads)
+    variants = [(change, evaluated(spec, change, settings)) for change in requested]
+    for change, results in variants:
+        for task, result in results:
+            print(_line(task, result, change))
+    pairs = [paired(variants[0], later) for later in variants[1:]]
+    for line in [line for pair in pairs for line in pair]:
+        print(line["text"])
+    if settings.json is not None:
+        _write(Path(settings.json), _report(spec, settings, variants, pairs))
+    return 0
+
+
+def _requested(spec: str, flags: list[str], compare: str | None) -> list[dict[str, Any]]:
+    """The evaluation-time values of every variant, checked against the run's agent."""
+    run = config.load(existing_run(spec) / "config.yaml")
+    given = {}
+    for flag in flags:
+        name, equals, value = flag.removeprefix("--agent.").partition("=")
+        if not equals:
+            raise UserError(f"--agent.{name} needs a value")
+        given[name] = value
+    texts = [given]
+    if compare is not None:
+        field, choices = compared(compare)
+        texts = [given | {field: choice} for choice in choices]
+    return [config.evaluation_overrides(type(run.agent), text) for text in texts]
+
+
+def compared(text: str) -> tuple[str, list[str]]:
+    """`agent.FIELD=A,B` or `FIELD=A,B`: the field and its values; brackets keep commas together."""
+    field, equals, values = text.partition("=")
+    choices, depth = [""], 0
+    for letter in values:
+        depth += (letter in "[({") - (letter in "])}")
+        if letter == "," and depth == 0:
+            choices.append("")
+        else:
+            choices[-1] += letter
+    if not equals or len(choices) < 2 or not all(choices):
+        raise UserError(f"--compare {text!r} must look like FIELD=A,B")
+    return field.removeprefix("agent."), choices
+
+
+def evaluated(spec: str, overrides: Mapping[str, Any], settings: EvaluationSettings) -> Results:
+    """One result per task of the run; with `env` just one."""
+    from rl_shift import runs
+    from rl_shift.dataset_table import reference_scores_of
+    from rl_shift.evaluation import evaluate as play
+
+    agent, _, tasks = runs.load_agent(spec, dict(overrides))
+    if settings.env is not None:
+        scores = reference_scores_of(settings.env)
+        tasks = [replace(tasks[-1], env=settings.env, shift=None, reference_scores=scores)]
+    results = []
+    for task in tasks:
+        if task.env is None:
+            raise UserError(f"task {task.name!r} of {spec} names no environment: give --env ID")
+        agent.focus(task)
+        result = play(
+            agent,
+            task.env,
+            episodes=settings.episodes,
+            seed=settings.seed,
+            lanes=settings.lanes,
+            reference_scores=task.reference_scores,
+            obs_pad=task.obs_pad,
+            shift=task.shift,
+        )
+        results.append((task, result))
+    return results
+
+
+def paired(first: Variant, second: Variant) -> list[dict[str, Any]]:
+    """Second minus first, episode by episode, with the 95 % interval of the mean, per task."""
+    from rl_shift.evaluation import differences
+    from rl_shift.metrics import mean_interval
+
+    lines = []
+    for (task, before), (_, after) in zip(first[1], second[1], strict=True):
+        difference = differences(after, before).ravel()
+        _, low, high = mean_interval(difference)
+        title = f"{_label(second[0])} minus {_label(first[0])}"
+        lines.append(
+            {
+                "task": task.name,
+                "what": title,
+                "mean": float(difference.mean()),
+                "interval": [float(low), float(high)],
+                "text": f"{task.name}: {title}: {difference.mean():+.2f}, 95 % interval "
+                f"[{low:+.2f}, {high:+.2f}] over {difference.size} paired episodes",
+            }
+        )
+    return lines
+
+
+def _line(task: Task, result: Result, change: Mapping[str, Any]) -> str:
+    """Mean over everything, spread over episodes, and each seed where there are several."""
+    returns = result.returns
+    text = f"{task.name} on {result.env_id}{', ' + _label(change) if change else ''}: "
+    text += f"return {returns.mean():.1f} (std {returns.std():.1f} over {returns.size} episodes)"
+    if result.score is not None:
+        text += f", D4RL-normalised score {result.score.mean():.1f}"
+    if returns.shape[0] > 1:
+        per_seed = result.score if result.score is not None else returns.mean(axis=1)
+        text += f" (seeds: {', '.join(f'{value:.1f}' for value in per_seed)})"
+    return text
+
+
+def _label(change: Mapping[str, Any]) -> str:
+    return ", ".join(f"{field}={value}" for field, value in change.items())
+
+
+def _report(
+    spec: str, settings: EvaluationSettings, variants: list[Variant], pairs: list[Any]
+) -> dict[str, Any]:
+    evaluations = [
+        {
+            "task": task.name,
+            "env": result.env_id,
+            "agent": dict(change),
+            "returns": result.returns.tolist(),
+            "lengths": result.lengths.tolist(),
+            "score": None if result.score is None else result.score.tolist(),
+            "reference_scores": task.reference_scores,
+        }
+        for change, results in variants
+        for task, result in results
+    ]
+    lines = [line for pair in pairs for line in pair]
+    return {
+        "format": 1,
+        "run": spec,
+        "episodes": settings.episodes,
+        "seed": settings.seed,
+        "evaluations": evaluations,
+        "differences": [{k: v for k, v in line.items() if k != "text"} for line in lines],
+    }
+
+
+def _check_writable(path: str | None) -> None:
+    """Before the episodes are played, not after."""
+    if path is not None and not os.access(Path(path).absolute().parent, os.W_OK):
+        raise UserError(f"cannot write --json {path}: its folder is missing or not writable")
+
+
+def _write(path: Path, report: Mapping[str, Any]) -> None:
+    partial = path.with_name(f".{path.name}.{os.getpid()}.partial")
+    partial.write_text(json.dumps(report, indent=1) + "\n", encoding="utf-8")
+    os.replace(partial, path)

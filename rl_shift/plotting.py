@@ -1,0 +1,46 @@
+"""The learning curve of a run folder as a picture; needs matplotlib (extra `report`)."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+from rl_shift.errors import UserError
+
+
+def learning_curve(run_dir: Path, data_return: float | None = None) -> Path:
+    """Draws mean return over updates (or env steps), one line per task, bands over the seeds.
+
+    Args:
+        run_dir: a run folder with results.json.
+        data_return: mean return of the dataset, drawn as a dashed line.
+
+    Returns:
+        The picture's path, `learning_curve.png` in the run folder.
+    """
+    try:
+        from matplotlib.backends.backend_agg import FigureCanvasAgg
+        from matplotlib.figure import Figure
+    except ImportError as error:
+        raise UserError('a picture needs matplotlib: pip install "rl_shift[report]"') from error
+    results = json.loads((run_dir / "results.json").read_text(encoding="utf-8"))
+    figure = Figure(figsize=(6, 4), layout="constrained")
+    axes: Any = figure.add_subplot()
+    unit = "env_steps" if any(e["env_steps"] for e in results["evaluations"]) else "updates"
+    for number, task in enumerate(results["tasks"]):
+        rows = [e for e in results["evaluations"] if e["task"] == number]
+        where = [row[unit] for row in rows]
+        means = [[sum(seed) / len(seed) for seed in row["returns"]] for row in rows]
+        line = axes.plot(where, [sum(m) / len(m) for m in means], label=task["name"])[0]
+        low, high = [min(m) for m in means], [max(m) for m in means]
+        axes.fill_between(where, low, high, alpha=0.2, color=line.get_color())
+    if data_return is not None:
+        axes.axhline(data_return, linestyle="--", color="grey", label="mean of the data")
+    axes.set_xlabel(unit.replace("env_steps", "environment steps"))
+    axes.set_ylabel("return of an episode")
+    axes.legend()
+    path = run_dir / "learning_curve.png"
+    canvas: Any = FigureCanvasAgg(figure)
+    canvas.print_png(path)
+    return path

@@ -1,0 +1,410 @@
+"""Run folders: from a configuration to a trained, resumable, evaluable folder.
+
+A run folder holds config.yaml, checkpoints/, tensorboard/, metrics.jsonl and results.json; a lock
+keeps a second process out.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import time
+from collections.abc import Mapping, Sequence
+from contextlib import suppress
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from gymnasium.spaces import Box, Space
+
+from rl_shift import agents, checkpoint, config, datasets, envs, launcher, seeding
+from rl_shift.agent import Agent, Stage
+from rl_shift.config import RunConfig, Task
+from rl_shift.errors import UserError
+from rl_shift.evaluation import normalized_score
+from rl_shift.loggers import Loggers, Progress
+from rl_shift.trainer import Clock, Trainer
+
+FORMAT = 1
+CONFIG, RESULTS = "config.yaml", "results.json"
+
+
+def train(run: RunConfig, progress: bool = True) -> Path:
+    """Train from scratch and return the run folder.
+
+    Raises:
+        UserError: bad configuration, data or folder; nothing half-written is left behind.
+        KeyboardInterrupt: stopped; a checkpoint was saved.
+    """
+    folder = config.run_folder(run)
+    run = replace(run, run_dir=str(folder))
+    if launcher.apart(run):
+        _prepare(folder, run)
+        return launcher.train_seeds(run, folder, progress)
+    _set_torch(run)
+    tasks = resolve(run)
+    agent = make_agent(run, tasks)
+    fresh = not folder.exists()
+    try:
+        _prepare(folder, run)
+        with checkpoint.Lock(folder):
+            _write(folder / CONFIG, config.dump(run))
+            _run(agent, tasks, run, folder, progress, None)
+    except UserError:
+        if fresh and not (folder / "checkpoints").is_dir():
+            shutil.rmtree(folder, ignore_errors=True)
+        raise
+    return folder
+
+
+def resume(
+    run_dir: str | Path,
+    updates: int | None = None,
+    env_steps: int | None = None,
+    progress: bool = True,
+) -> Path:
+    """Go on from the newest checkpoint, exactly as if the run had not stopped.
+
+    Args:
+        run_dir: the run folder.
+        updates: a new, larger budget of the last task.
+        env_steps: likewise.
+        progress: show a bar.
+
+    Raises:
+        UserError: no usable checkpoint, changed data, or a budget that is spent already.
+    """
+    folder = Path(run_dir)
+    if not (folder / CONFIG).is_file():
+        raise UserError(f"{folder} is no run folder: it has no {CONFIG}")
+    run = replace(config.load(folder / CONFIG), run_dir=str(folder))
+    if launcher.apart(run):
+        return launcher.resume_seeds(run, folder, updates, env_steps, progress)
+    if updates is not None or env_steps is not None:
+        run = _extended(run, updates, env_steps)
+    _set_torch(run)
+    with checkpoint.Lock(folder):
+        state, _ = checkpoint.load(checkpoint.latest(folder))
+        tasks = resolve(run)
+        _check_data(tasks, state["data"], folder)
+        agent = make_agent(run, tasks)
+        _run(agent, tasks, run, folder, progress, state)
+        _write(folder / CONFIG, config.dump(run))
+    return folder
+
+
+def load_agent(
+    spec: str | Path, overrides: Mapping[str, Any] | None = None
+) -> tuple[Agent, RunConfig, list[Task]]:
+    """The trained agent of `RUN_DIR` or `RUN_DIR#k` (seed k alone), its configuration and tasks.
+
+    Needs neither the dataset nor the environments of the run.
+
+    Args:
+        spec: the run folder.
+        overrides: evaluation-time fields of the agent's Config.
+    """
+    path, _, seed = str(spec).partition("#")
+    folder = Path(path)
+    if not (folder / CONFIG).is_file():
+        raise UserError(f"{folder} is no run folder: it has no {CONFIG}")
+    run = replace(config.load(folder / CONFIG), run_dir=str(folder))
+    if overrides:
+        run = replace(run, agent=replace(run.agent, **overrides))
+    if launcher.apart(run):
+        return launcher.load_seeds(run, folder, seed, overrides)
+    if seed and not (seed.isdecimal() and int(seed) < run.seeds):
+        raise UserError(f"{spec}: the run has seeds #0 to #{run.seeds - 1}")
+    state, _ = checkpoint.load(checkpoint.latest(folder))
+    tasks = [Task.from_plain(plain) for plain in state["tasks"]]
+    agent = make_agent(run, tasks)
+    agent.load_state(state["agent"])
+    return (agent.select(int(seed)) if seed else agent), run, tasks
+
+
+# ---- from configuration to objects -------------------------------------------------------------
+
+
+def resolve(run: RunConfig) -> list[Task]:
+    """Fill in what the settings imply: data, environment, spaces, reference scores."""
+    tasks = []
+    for task in run.tasks:
+        data = datasets.resolve(task.dataset) if task.dataset is not None else None
+        env_id = task.env or (data.env_id if data is not None else None)
+        scores = data.reference_scores if data is not None else None
+        pad = data.obs_pad if data is not None else 0
+        if env_id is not None:
+            env = envs.make_env(env_id, shift=task.shift, obs_pad=pad)
+            observation_space, action_space = env.observation_space, env.action_space
+            env.close()
+            if scores is None:
+                scores = datasets.reference_scores_of(env_id)
+        else:
+            assert data is not None  # config refuses a task with neither
+            observation_space, action_space = _spaces_of_data(data)
+        tasks.append(
+            replace(
+                task,
+                env=env_id,
+                observation_space=observation_space,
+                action_space=action_space,
+                reference_scores=scores,
+                data=data,
+                obs_pad=pad,
+            )
+        )
+    return tasks
+
+
+def _spaces_of_data(data: datasets.DatasetInfo) -> tuple[Space[Any], Space[Any]]:
+    """Spaces of a dataset whose environment is unknown: a vector of numbers, actions in [-1, 1]."""
+    arrays = datasets.load(data)
+    obs, action = arrays["obs"].shape[1:], arrays["action"].shape[1:]
+    return Box(-np.inf, np.inf, obs, np.float32), Box(-1.0, 1.0, action, np.float32)
+
+
+def make_agent(run: RunConfig, tasks: Sequence[Task]) -> Agent:
+    """The configured agent for the first task's spaces: S seeds stacked, on the device."""
+    kind = agents.get(run.agent_name)
+    made = []
+    for s in range(run.seeds):
+        with seeding.forked(seeding.child(run.seed + s, "init")):
+            made.append(kind(tasks[0].observation_space, tasks[0].action_space, run.agent))
+    return kind.stacked(made).place(_device(run))
+
+
+def _device(run: RunConfig) -> str:
+    available = torch.cuda.is_available()
+    if run.device == "cuda" and not available:
+        raise UserError("no CUDA device is available here: use --device cpu, or auto")
+    return "cuda" if available and run.device != "cpu" else "cpu"
+
+
+def _set_torch(run: RunConfig) -> None:
+    torch.set_num_threads(run.threads)
+    torch.set_float32_matmul_precision(run.precision)
+
+
+# ---- the run folder ----------------------------------------------------------------------------
+
+
+def _prepare(folder: Path, run: RunConfig) -> None:
+    """An empty folder, or an explained refusal."""
+    if folder.exists() and not folder.is_dir():
+        raise UserError(f"{folder} is a file: choose another --run-dir")
+    try:
+        if folder.is_dir() and any(folder.iterdir()):
+            if not run.overwrite:
+                raise UserError(
+                    f"the run folder {folder} is not empty: resume it with --resume, choose another"
+                    " --run-dir, or empty it with --overwrite"
+                )
+            with checkpoint.Lock(folder):
+                for entry in folder.iterdir():
+                    if entry.name != "lock":
+                        shutil.rmtree(entry) if entry.is_dir() else entry.unlink()
+        folder.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise UserError(
+            f"cannot write the run folder {folder}: {error.strerror}; choose another --run-dir"
+        ) from error
+
+
+def _run(
+    agent: Agent,
+    tasks: list[Task],
+    run: RunConfig,
+    folder: Path,
+    progress: bool,
+    state: dict[str, Any] | None,
+) -> None:
+    """Train, with loggers, bar and checkpoints tied to the folder."""
+    device = _device(run)
+    data = [_identity(task) for task in tasks]
+    began = time.monotonic()
+    spent = 0.0 if state is None else float(state["wall_s"])
+    loggers = Loggers(folder, None if state is None else _position(Clock(**state["clock"])))
+    bar = _Bar(progress)
+
+    def wall() -> float:
+        return spent + time.monotonic() - began
+
+    def log(clock: Clock, values: dict[str, float]) -> None:
+        loggers.log(_position(clock), values, clock.counted_updates, clock.total_env_steps)
+
+    def save(clock: Clock, state: dict[str, Any]) -> None:
+        loggers.flush()
+        state["wall_s"] = wall()
+        state["data"] = data
+        state["tasks"] = [task.plain() for task in tasks]
+        meta = {k: getattr(run, k) for k in ("precision", "compile", "threads")} | {"device": device}
+        checkpoint.save_step(
+            folder, _position(clock), state, config.dump(run), meta, run.keep_checkpoints
+        )
+
+    def results(status: str) -> None:
+        _write(
+            folder / RESULTS, json.dumps(_results(run, tasks, data, trainer, wall(), device, status))
+        )
+
+    trainer = Trainer(agent, tasks, run, log, save, bar.tick, lambda _: results("running"))
+    if state is not None:
+        trainer.load_state(state)
+    status = "failed"
+    try:
+        trainer.run()
+        status = "finished"
+    except KeyboardInterrupt:
+        status = "stopped"
+        raise
+    finally:
+        bar.close()
+        loggers.close()
+        if status == "finished" or (folder / "checkpoints").is_dir():
+            results(status)
+        for warning in trainer.warnings:
+            print(f"note: {warning}")
+
+
+class _Bar:
+    """One progress bar per stage."""
+
+    def __init__(self, show: bool) -> None:
+        self.show = show
+        self.key: tuple[int, int] | None = None
+        self.bar: Progress | None = None
+
+    def tick(self, clock: Clock, stage: Stage, score: float | None) -> None:
+        at = clock.env_steps if stage.env_steps else clock.updates
+        if self.key != (clock.task, clock.stage):
+            self.close()
+            self.key = (clock.task, clock.stage)
+            unit = "env steps" if stage.env_steps else "updates"
+            total = stage.env_steps or stage.updates
+            self.bar = Progress(total, stage.name, at, unit, show=self.show)
+        assert self.bar is not None
+        self.bar.advance(at - self.bar.done)
+        if score is not None and score != self.bar.score:
+            self.bar.set_score(score)
+
+    def close(self) -> None:
+        if self.bar is not None:
+            self.bar.close()
+
+
+def _position(clock: Clock) -> int:
+    """One growing number per moment of a run: the axis of logs and checkpoints."""
+    return clock.total_updates + clock.total_env_steps
+
+
+def _identity(task: Task) -> dict[str, Any] | None:
+    """What the dataset of a task was: id, origin, sha256."""
+    if task.data is None:
+        return None
+    return {
+        "id": task.data.id,
+        "origin": task.data.origin,
+        "sha256": datasets.sha256(task.data.path),
+    }
+
+
+def _check_data(tasks: list[Task], saved: list[Any], folder: Path) -> None:
+    for task, before in zip(tasks, saved):
+        now = _identity(task)
+        if before is not None and (now is None or now["sha256"] != before["sha256"]):
+            raise UserError(
+                f"the dataset {task.dataset} is not the one that {folder} was trained on (its sha256"
+                f" was {before['sha256'][:12]}...): put the old file back, or train anew"
+            )
+
+
+def _extended(run: RunConfig, updates: int | None, env_steps: int | None) -> RunConfig:
+    last = run.tasks[-1]
+    for name, new in (("updates", updates), ("env_steps", env_steps)):
+        if new is not None and new < getattr(last, name):
+            raise UserError(
+                f"--{name.replace('_', '-')} {new} is less than the run's {getattr(last, name)}: "
+                "a resumed run can only become longer"
+            )
+    last = replace(
+        last,
+        updates=last.updates if updates is None else updates,
+        env_steps=last.env_steps if env_steps is None else env_steps,
+    )
+    return replace(run, tasks=(*run.tasks[:-1], last))
+
+
+def _results(
+    run: RunConfig,
+    tasks: list[Task],
+    data: list[dict[str, Any] | None],
+    trainer: Trainer,
+    wall_s: float,
+    device: str,
+    status: str,
+) -> dict[str, Any]:
+    """The content of results.json: everything a report needs, raw returns included."""
+    evaluations = trainer.evaluations
+    plain = config.plain(run.agent)
+    return {
+        "format": FORMAT,
+        "status": status,
+        "agent": run.agent_name,
+        "agent_config": plain,
+        "tasks": [
+            {
+                "name": task.name,
+                "env": task.env,
+                "updates": task.updates,
+                "env_steps": task.env_steps,
+                "reward": task.reward,
+                "shift": task.shift,
+                "dataset": identity,
+                "reference_scores": task.reference_scores,
+            }
+            for task, identity in zip(tasks, data)
+        ],
+        "seeds": [run.seed + s for s in range(run.seeds)],
+        "evaluations": evaluations,
+        "last": evaluations[-1] if evaluations else None,
+        "best": max(evaluations, key=_merit) if evaluations else None,
+        "updates": trainer.clock.counted_updates,
+        "env_steps": trainer.clock.total_env_steps,
+        "wall_time_s": round(wall_s, 1),
+        "updates_per_s": round(trainer.clock.total_updates / max(trainer.seconds, 1e-9), 1),
+        "precision": run.precision,
+        "compile": run.compile,
+        "threads": run.threads,
+        "device": device,
+        "data_mode": run.data_mode,
+        "versions": checkpoint.versions(),
+    }
+
+
+def _merit(evaluation: dict[str, Any]) -> float:
+    """Mean score where there is one, else mean return."""
+    values = evaluation["score"] or evaluation["returns"]
+    return float(np.mean(values))
+
+
+def data_score(info: datasets.DatasetInfo) -> tuple[float, float | None]:
+    """Mean return of a dataset's episodes, and its normalised score."""
+    mean = float(datasets.statistics(datasets.load(info))["return_mean"])
+    if info.reference_scores is None:
+        return mean, None
+    return mean, float(normalized_score(mean, *info.reference_scores))
+
+
+def _write(path: Path, text: str) -> None:
+    """Replace a file in one step."""
+    temporary = path.with_name(f".tmp-{path.name}-{os.getpid()}")
+    try:
+        temporary.write_text(text, encoding="utf-8")
+        temporary.replace(path)
+    except OSError as error:
+        with suppress(OSError):
+            temporary.unlink()
+        raise UserError(f"cannot write {path}: {error.strerror}; make room and resume") from error
