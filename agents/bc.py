@@ -60,8 +60,12 @@ class BC(Agent):
     def best_rows(self, buffer: Buffer) -> Tensor:
         """Row numbers of the best max(1, floor(fraction * n)) episodes by undiscounted return."""
         ranges = buffer.episodes()
-        total = torch.cat([torch.zeros(1, dtype=torch.float64, device=ranges.device),
-                           buffer.arrays()["reward"].double().cumsum(0)])
+        total = torch.cat(
+            [
+                torch.zeros(1, dtype=torch.float64, device=ranges.device),
+                buffer.arrays()["reward"].double().cumsum(0),
+            ]
+        )
         returns = total[ranges[:, 1]] - total[ranges[:, 0]]
         count = max(1, int(self.config.fraction * len(ranges)))
         best = ranges[returns.argsort(descending=True)[:count]]

@@ -21,7 +21,8 @@ from rl_shift.networks import Critic, Scalar, TanhGaussianActor
 class SAC(Agent):
     """Maximum-entropy off-policy learning.
 
-    L(critic) = sum_i E (Q_i(s, a) - r - gamma (1 - terminated)(min_i Q'_i(s', a') - alpha log pi(a'|s')))^2
+    L(critic) = sum_i E (Q_i(s, a) - y)^2
+    y         = r + gamma (1 - terminated) (min_i Q'_i(s', a') - alpha log pi(a'|s')),  a' ~ pi
     L(actor)  = E alpha log pi(a~|s) - min_i Q_i(s, a~)
     L(alpha)  = -log alpha E (log pi(a~|s) + target entropy)
     """
@@ -47,7 +48,9 @@ class SAC(Agent):
     ) -> None:
         super().__init__(observation_space, action_space, config)
         obs, action = observation_space.shape[0], action_space.shape[0]  # type: ignore[index]
-        self.target_entropy = -float(action) if config.target_entropy is None else config.target_entropy
+        self.target_entropy = (
+            -float(action) if config.target_entropy is None else config.target_entropy
+        )
         self.actor = TanhGaussianActor(obs, config.hidden, action)
         self.critic = Critic(obs, action, config.hidden)
         self.target_critic = copy.deepcopy(self.critic)

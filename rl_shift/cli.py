@@ -11,6 +11,7 @@ import re
 import sys
 from collections.abc import Sequence
 from importlib import import_module
+from itertools import pairwise
 from pathlib import Path
 
 from rl_shift.errors import UserError, nearest
@@ -20,6 +21,7 @@ COMMANDS = {
     "evaluate": ("rl_shift.evaluate_command:evaluate", "evaluate a run, or compare settings on it"),
     "data": ("rl_shift.data_commands:data", "list, info, verify, download or collect datasets"),
     "list": ("rl_shift.commands:listing", "list agents, envs, datasets or presets"),
+    "sweep": ("rl_shift.sweep:sweep", "train every combination of a grid file"),
     "demo": ("rl_shift.demo:demo", "train on the bundled dataset and show the result"),
 }
 
@@ -50,7 +52,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         print(f"rl-shift: error: {error}", file=sys.stderr)
         return 2
     except KeyboardInterrupt as stop:
-        print(f"rl-shift: {stop or 'stopped'}", file=sys.stderr)
+        print(f"rl-shift: {str(stop) or 'stopped'}", file=sys.stderr)
         return 130
     except BrokenPipeError:  # such as `rl-shift list datasets | head`
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
@@ -108,7 +110,7 @@ def limit_threads(count: int) -> None:
 
 def _flag_values(argv: Sequence[str]) -> list[tuple[str, str]]:
     pairs = []
-    for token, following in zip(argv, [*argv[1:], ""], strict=True):
+    for token, following in pairwise([*argv, ""]):
         option, equals, value = token.partition("=")
         pairs.append((option, value if equals else following))
     return pairs

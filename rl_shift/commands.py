@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -60,17 +59,17 @@ def _sources(words: list[str], flags: list[str]) -> tuple[str | None, str | None
 
 def run_training(run: RunConfig, progress: bool = True) -> Path:
     """Trains and says where the result lies."""
-    limit_torch(run.threads)
     from rl_shift import runs
 
     run = replace(run, run_dir=str(config.run_folder(run)))
+    _say_what(run)
     folder = _stoppable(lambda: runs.train(run, progress=progress), Path(str(run.run_dir)))
     _say_where(folder)
     return folder
 
 
 def _resume(words: list[str], flags: list[str]) -> None:
-    """Goes on with a run; only its budgets and the thread count may change."""
+    """Goes on with a run; only its budgets may change."""
     folder = taken(flags, "--resume")[-1]
     parser = Parser(options_of(ResumeSettings))
     allowed = {option.flag for option in parser.options.values()}
@@ -82,8 +81,6 @@ def _resume(words: list[str], flags: list[str]) -> None:
         )
     settings = ResumeSettings(**(parser.defaults() | parser.flags(flags)))
     existing_run(folder)
-    # without --threads, the command line has already looked into the run's config.yaml
-    limit_torch(settings.threads or int(os.environ.get("OMP_NUM_THREADS", "1")))
     from rl_shift import runs
 
     done = _stoppable(
@@ -97,17 +94,27 @@ def _stoppable(work: Callable[[], Path], folder: Path) -> Path:
     try:
         return work()
     except KeyboardInterrupt as stop:
-        if (folder / "checkpoints").is_dir():
+        if any(folder.glob("checkpoints")) or any(folder.glob("seed*/checkpoints")):
             hint = f"stopped and saved; go on with: rl-shift train --resume {folder}"
         else:
             hint = "stopped before the first checkpoint"
         raise KeyboardInterrupt(hint) from stop
 
 
+def _say_what(run: RunConfig) -> None:
+    """The file behind every dataset id, and the environment its policy is evaluated in."""
+    from rl_shift import datasets
+
+    found = [(task, datasets.resolve(task.dataset)) for task in run.tasks if task.dataset]
+    for task, info in found:
+        where = task.env or info.env_id
+        print(f"{task.name}: {info.path}", f"evaluated in {where}" if where else "", sep="  ")
+
+
 def _say_where(folder: Path) -> None:
     print(f"run folder: {folder}")
     print(f"evaluate:   rl-shift evaluate {folder}")
-    print(f"go on:      rl-shift train --resume {folder} --updates N")
+    print(f"go on:      rl-shift train --resume {folder} [--updates N] [--env-steps N]")
 
 
 def _train_help(name: str | None, preset: str | None, paths: list[str]) -> None:
@@ -132,7 +139,6 @@ class ResumeSettings:
 
     updates: int | None = None  # new total of gradient updates
     env_steps: int | None = None  # new total of environment steps
-    threads: int | None = None  # CPU threads; default: as before
 
 
 def existing_run(spec: str) -> Path:

@@ -67,7 +67,11 @@ class CompiledUnit:
     """
 
     def __init__(
-        self, agent: Agent, method: str, capture: bool = False, options: dict[str, Any] | None = None
+        self,
+        agent: Agent,
+        method: str,
+        capture: bool = False,
+        options: dict[str, Any] | None = None,
     ) -> None:
         self.agent, self.method, self.capture = agent, method, capture
         self.options = {"post_grad_custom_pre_pass": MergeEqualNodes(), **(options or {})}
@@ -76,7 +80,7 @@ class CompiledUnit:
 
     def _compile(self) -> Callable[[dict[str, Tensor], Batch], Metrics]:
         agent, method = self.agent, getattr(type(self.agent), self.method)
-        inner = [a for _, a in agent._prefixed()]
+        inner = [a for _, a in agent.prefixed()]
 
         def unit(tensors: dict[str, Tensor], batch: Batch) -> Metrics:
             live = dict(tensors)
@@ -90,26 +94,25 @@ class CompiledUnit:
                     tensors[key].copy_(value)
             return metrics
 
-        compiled = torch.compile(
-            unit, fullgraph=True, dynamic=False, options=self.options, isolate_recompiles=True
-        )
+        flags: dict[str, Any] = {"isolate_recompiles": True}  # else the fifth agent would fail
+        compiled = torch.compile(unit, fullgraph=True, dynamic=False, options=self.options, **flags)
         return Captured(compiled) if self.capture else compiled
 
     def __call__(self, batch: Batch) -> Metrics:
         """Run one update on a batch with the shapes of the first one."""
-        agents = [a for _, a in self.agent._prefixed()]
+        agents = [a for _, a in self.agent.prefixed()]
         phases = tuple(a.updates % a.delay for a in agents)
         key = (self.agent.variant(), phases)
         if key not in self.variants:
             self.variants[key] = self._compile()
         true = [a.updates for a in agents]
-        for (prefix, a), phase in zip(self.agent._prefixed(), phases):
+        for (prefix, a), phase in zip(self.agent.prefixed(), phases, strict=True):
             a.updates, a.prefix = phase, prefix  # the tracer must not see a growing counter
         try:
             with torch.no_grad():
                 return self.variants[key](self.tensors, batch)
         finally:
-            for a, updates in zip(agents, true):
+            for a, updates in zip(agents, true, strict=True):
                 a.live, a.updates = None, updates
 
 
@@ -127,7 +130,7 @@ class Captured:
         """Warm up on a side stream three times, capture, and replay from then on."""
         self.calls += 1
         if self.calls <= 3:
-            stream = torch.cuda.Stream()
+            stream = torch.cuda.Stream()  # type: ignore[no-untyped-call]
             stream.wait_stream(torch.cuda.current_stream())
             with torch.cuda.stream(stream):
                 metrics = self.compiled(tensors, batch)
@@ -174,7 +177,8 @@ class Updater:
         stepping = [a for a in self.agent.contained() if type(a).step is not Agent.step]
         for agent in stepping:  # they loop inside `update` and call their compiled `step`
             unit = CompiledUnit(agent, "step", capture, self.options)
-            agent.step = unit  # type: ignore[method-assign]
+            agent.__dict__["step"] = unit  # shadows the method
+
             self.units[type(agent).__name__] = unit
         if stepping:
             return self.agent.update

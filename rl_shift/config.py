@@ -65,7 +65,6 @@ class Task(TaskSettings):
         default=None, compare=False
     )
     data: DatasetInfo | None = field(default=None, compare=False)
-    obs_pad: int = field(default=0, compare=False)  # zeros behind the environment's observations
 
     def plain(self) -> dict[str, Any]:
         """Settings, spaces and scores as plain data, for checkpoints."""
@@ -151,7 +150,7 @@ def dump(config: RunConfig) -> str:
     """The text of config.yaml; `load` gives an equal RunConfig."""
     skipped = ("agent_name", "agent", "tasks", "run_dir", "overwrite")
     data: dict[str, Any] = {"agent_name": config.agent_name}
-    data["agent"] = dataclasses.asdict(config.agent)
+    data["agent"] = plain(config.agent)
     data["tasks"] = [task.settings() for task in config.tasks]
     for f in dataclasses.fields(config):
         if f.name not in skipped:

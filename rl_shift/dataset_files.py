@@ -123,7 +123,7 @@ class _Npz:
         self.attributes = {}
         self._names: dict[str, str] = {}
         words = {short: long for long, short in _ALIASES.items()}
-        for name in file.files:
+        for name in map(str, file.files):
             array = file[name]
             if array.dtype.kind == "O":
                 raise ValueError(f"{name} holds Python objects")

@@ -9,8 +9,8 @@ from collections.abc import Callable
 from pathlib import Path
 
 from rl_shift.dataset_files import check_layout, opened
+from rl_shift.dataset_lookup import folders, resolve
 from rl_shift.dataset_table import table
-from rl_shift.datasets import folders, resolve
 from rl_shift.errors import UserError
 
 

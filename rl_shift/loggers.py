@@ -225,12 +225,13 @@ class Progress:
         if self.score is not None:
             parts.append(f"score {self.score:.1f}")
         if rate > 0 and self.done < self.total:
-            parts.append(f"{_clock((self.total - self.done) / rate)} left")
+            parts.append(f"{clock_text((self.total - self.done) / rate)} left")
         print(", ".join(parts), file=self._stream, flush=True)
         self._shown, self._at = self.done, now
 
 
-def _clock(seconds: float) -> str:
+def clock_text(seconds: float) -> str:
+    """Minutes and seconds, with hours where there are some."""
     minutes, rest = divmod(round(seconds), 60)
     hours, minutes = divmod(minutes, 60)
     return f"{hours}:{minutes:02d}:{rest:02d}" if hours else f"{minutes:02d}:{rest:02d}"

@@ -6,6 +6,7 @@ here are a handful of lines each (our design).
 
 from __future__ import annotations
 
+import itertools
 import math
 from collections.abc import Sequence
 from typing import Any
@@ -40,13 +41,13 @@ class MLP(nn.Module):
     ) -> None:
         super().__init__()
         widths = [inputs, *hidden, outputs]
-        self.layers = nn.ModuleList(nn.Linear(i, o) for i, o in zip(widths, widths[1:]))
+        self.layers = nn.ModuleList(nn.Linear(i, o) for i, o in itertools.pairwise(widths))
         self.norms = nn.ModuleList(nn.LayerNorm(w) if layer_norm else nn.Identity() for w in hidden)
         self.dropout = dropout
 
     def forward(self, x: Tensor, drop: bool = False) -> Tensor:
         """(B, inputs) -> (B, outputs)."""
-        for layer, norm in zip(self.layers, self.norms):
+        for layer, norm in zip(self.layers, self.norms, strict=False):  # the last has none
             x = norm(F.relu(layer(x)))
             if drop and self.dropout > 0:
                 x = F.dropout(x, self.dropout)
@@ -115,7 +116,7 @@ class GaussianActor(DeterministicActor):
         self.log_std_range = log_std_range
 
     def log_prob(self, obs: Tensor, action: Tensor, drop: bool = False) -> Tensor:
-        """log N(action; mean, std) summed over action dimensions, (B,)."""
+        """Log N(action; mean, std) summed over action dimensions, (B,)."""
         log_std = self.log_std.clamp(*self.log_std_range)
         z = (action - self(obs, drop)) / log_std.exp()
         return -(0.5 * z.square() + log_std + 0.5 * LOG_2PI).sum(-1)

@@ -106,7 +106,7 @@ class TanhGaussianPolicy:
 
 
 class RunPolicy:
-    """A trained run's agent, with the exploration its own `act` has."""
+    """A trained run's agent, acting as it explores: a stochastic policy's actions are sampled."""
 
     uniform = False
     noise_width = 0
@@ -120,15 +120,24 @@ class RunPolicy:
         """See `Policy`; agents export no density."""
         import torch
 
-        action = self.agent.run(self.agent.act, torch.from_numpy(obs), explore=False)
+        action = self.agent.run(self.agent.act, torch.from_numpy(obs), True)
         return action.cpu().numpy(), None
 
 
-def load_policy_from_run(folder: Path) -> RunPolicy:
-    """The agent of a run folder's latest checkpoint, one seed (`RUN_DIR#k` for stacked runs)."""
-    raise UserError(
-        f"policy {folder}: run folders cannot be recorded yet; give an npz policy or 'random'"
-    )
+def load_policy_from_run(spec: str, obs_width: int) -> RunPolicy:
+    """The agent of a run folder's latest checkpoint, one seed (`RUN_DIR#k` of several)."""
+    from rl_shift.runs import load_agent
+
+    agent, _, _ = load_agent(spec)
+    if agent.seeds > 1:
+        raise UserError(f"policy {spec} holds {agent.seeds} seeds; name one, such as {spec}#0")
+    wanted = agent.observation_space.shape
+    if wanted != (obs_width,):
+        raise UserError(
+            f"policy {spec} observes {wanted}, the environment gives ({obs_width},); choose the "
+            "matching --env"
+        )
+    return RunPolicy(agent.cpu(), Path(spec).name)
 
 
 def load_policy(policy: str | Path, obs_width: int, action_width: int) -> Policy:
@@ -137,7 +146,7 @@ def load_policy(policy: str | Path, obs_width: int, action_width: int) -> Policy
         return RandomPolicy(action_width)
     path = Path(policy)
     if path.suffix != ".npz":
-        return load_policy_from_run(path)
+        return load_policy_from_run(str(policy), obs_width)
     loaded = TanhGaussianPolicy.load(path)
     if (loaded.obs_width, loaded.noise_width) != (obs_width, action_width):
         raise UserError(

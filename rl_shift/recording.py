@@ -18,7 +18,7 @@ from rl_shift.dataset_table import reference_scores_of
 from rl_shift.envs import make_env
 from rl_shift.errors import UserError
 from rl_shift.policies import Policy, TanhGaussianPolicy, load_policy
-from rl_shift.seeding import child
+from rl_shift.seeding import child, forked
 
 Arrays = dict[str, np.ndarray]
 
@@ -85,6 +85,7 @@ def record(
         raise UserError(f"--steps {steps} is too small for {len(policies)} policies; raise it")
     if noise < 0:
         raise UserError(f"--noise {noise} is negative; give a standard deviation")
+    _check_writable(out)
     envs = [make_env(env_id) for _ in range(lanes)]
     loaded = [load_policy(policy, *_widths(envs[0], env_id)) for policy in policies]
     shares = [steps // len(loaded) + (k < steps % len(loaded)) for k in range(len(loaded))]
@@ -92,7 +93,11 @@ def record(
     for k, (policy, share) in enumerate(zip(loaded, shares, strict=True)):
         before = sum(shares[:k])
         report = None if progress is None else lambda n, b=before: progress(b + n)
-        parts.append(_rollout(policy, envs, share, noise, child(seed, "record", k), report))
+        stream = child(seed, "record", k)
+        with forked(stream):  # the noise of trained agents comes from torch's own generator
+            parts.append(_rollout(policy, envs, share, noise, stream, report))
+    for env in envs:
+        env.close()
     common = set.intersection(*(set(part) for part in parts))
     arrays = {
         key: np.concatenate([part[key] for part in parts]) for key in parts[0] if key in common
@@ -128,7 +133,7 @@ def write_hdf5(
     import h5py
 
     path = Path(path)
-    partial = path.with_name(f".{path.name}.{os.getpid()}.partial")
+    partial = _partial(path)
     with _removed_on_error(partial):
         try:
             path.parent.mkdir(parents=True, exist_ok=True)
@@ -139,9 +144,23 @@ def write_hdf5(
                 for key, value in attributes.items():
                     file.attrs[key] = value
             os.replace(partial, path)
-        except OSError as error:
+        except (OSError, ValueError) as error:  # ValueError: an unknown compression
             raise UserError(f"cannot write {path}: {error}; choose another --out") from error
     return path
+
+
+def _partial(path: Path) -> Path:
+    return path.with_name(f".{path.name}.{os.getpid()}.partial")
+
+
+def _check_writable(path: Path) -> None:
+    """Refuses a place that cannot be written before the rollout, not after it."""
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        _partial(path).touch()
+        _partial(path).unlink()
+    except OSError as error:
+        raise UserError(f"cannot write {path}: {error}; choose another --out") from error
 
 
 def _rollout(
@@ -175,15 +194,11 @@ def _rollout(
     for lane in range(lanes):
         start(lane)
     simulators = [_simulator(env) for env in envs]
+    draw = np.random.Generator.random if policy.uniform else np.random.Generator.standard_normal
     while any(episode is not None for episode in running):
         for lane, episode in enumerate(running):
             if episode is not None and policy.noise_width:
-                draw = (
-                    episode.generator.random
-                    if policy.uniform
-                    else (episode.generator.standard_normal)
-                )
-                draws[lane] = draw(policy.noise_width)
+                draws[lane] = draw(episode.generator, policy.noise_width)
         actions, log_density = policy.act(obs, draws)
         for lane, episode in enumerate(running):
             if episode is None:
@@ -229,10 +244,10 @@ def _joined(episodes: list[_Episode], steps: int) -> Arrays:
     for episode in episodes:
         if episode.rows:
             episode.pack()
+    # The last ones may have been freed before their first step.
+    begun = [episode for episode in episodes if episode.length]
     columns = {
-        key: np.concatenate([episode.columns[key] for episode in episodes if episode.length])[
-            :steps
-        ]
+        key: np.concatenate([episode.columns[key] for episode in begun])[:steps]
         for key in episodes[0].columns
     }
     columns["timeouts"][-1] = not columns["terminals"][-1]
@@ -275,5 +290,6 @@ def _removed_on_error(path: Path) -> Iterator[None]:
     try:
         yield
     except BaseException:
-        path.unlink(missing_ok=True)
+        with contextlib.suppress(OSError):
+            path.unlink(missing_ok=True)
         raise

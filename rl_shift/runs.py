@@ -10,8 +10,8 @@ import json
 import os
 import shutil
 import time
-from collections.abc import Mapping, Sequence
-from contextlib import suppress
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager, suppress
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -20,11 +20,12 @@ import numpy as np
 import torch
 from gymnasium.spaces import Box, Space
 
-from rl_shift import agents, checkpoint, config, datasets, envs, launcher, seeding
+from rl_shift import agents, checkpoint, config, datasets, envs, seeding, separate_seeds
 from rl_shift.agent import Agent, Stage
 from rl_shift.config import RunConfig, Task
 from rl_shift.errors import UserError
 from rl_shift.evaluation import normalized_score
+from rl_shift.launcher import LOG
 from rl_shift.loggers import Loggers, Progress
 from rl_shift.trainer import Clock, Trainer
 
@@ -41,9 +42,9 @@ def train(run: RunConfig, progress: bool = True) -> Path:
     """
     folder = config.run_folder(run)
     run = replace(run, run_dir=str(folder))
-    if launcher.apart(run):
+    if separate_seeds.apart(run):
         _prepare(folder, run)
-        return launcher.train_seeds(run, folder, progress)
+        return separate_seeds.train_seeds(run, folder, progress)
     _set_torch(run)
     tasks = resolve(run)
     agent = make_agent(run, tasks)
@@ -51,8 +52,7 @@ def train(run: RunConfig, progress: bool = True) -> Path:
     try:
         _prepare(folder, run)
         with checkpoint.Lock(folder):
-            _write(folder / CONFIG, config.dump(run))
-            _run(agent, tasks, run, folder, progress, None)
+            _run(agent, tasks, run, folder, progress)
     except UserError:
         if fresh and not (folder / "checkpoints").is_dir():
             shutil.rmtree(folder, ignore_errors=True)
@@ -81,18 +81,20 @@ def resume(
     if not (folder / CONFIG).is_file():
         raise UserError(f"{folder} is no run folder: it has no {CONFIG}")
     run = replace(config.load(folder / CONFIG), run_dir=str(folder))
-    if launcher.apart(run):
-        return launcher.resume_seeds(run, folder, updates, env_steps, progress)
+    if separate_seeds.apart(run):
+        return separate_seeds.resume_seeds(run, folder, updates, env_steps, progress)
     if updates is not None or env_steps is not None:
-        run = _extended(run, updates, env_steps)
+        run = extended(run, updates, env_steps)
     _set_torch(run)
     with checkpoint.Lock(folder):
-        state, _ = checkpoint.load(checkpoint.latest(folder))
+        path = checkpoint.latest(folder)
+        state, _ = checkpoint.load(path)
         tasks = resolve(run)
-        _check_data(tasks, state["data"], folder)
         agent = make_agent(run, tasks)
-        _run(agent, tasks, run, folder, progress, state)
-        _write(folder / CONFIG, config.dump(run))
+        with _belonging(path):
+            _check_data(tasks, state["data"], folder)
+            _check_stages(agent, tasks, state)
+        _run(agent, tasks, run, folder, progress, state, path)
     return folder
 
 
@@ -114,14 +116,17 @@ def load_agent(
     run = replace(config.load(folder / CONFIG), run_dir=str(folder))
     if overrides:
         run = replace(run, agent=replace(run.agent, **overrides))
-    if launcher.apart(run):
-        return launcher.load_seeds(run, folder, seed, overrides)
+    if separate_seeds.apart(run):
+        return separate_seeds.load_seeds(run, folder, seed, overrides)
     if seed and not (seed.isdecimal() and int(seed) < run.seeds):
         raise UserError(f"{spec}: the run has seeds #0 to #{run.seeds - 1}")
-    state, _ = checkpoint.load(checkpoint.latest(folder))
-    tasks = [Task.from_plain(plain) for plain in state["tasks"]]
+    newest = checkpoint.latest(folder)
+    state, _ = checkpoint.load(newest)
+    with _belonging(newest):
+        tasks = [Task.from_plain(plain) for plain in state["tasks"]]
     agent = make_agent(run, tasks)
-    agent.load_state(state["agent"])
+    with _belonging(newest):
+        agent.load_state(state["agent"])
     return (agent.select(int(seed)) if seed else agent), run, tasks
 
 
@@ -169,11 +174,32 @@ def _spaces_of_data(data: datasets.DatasetInfo) -> tuple[Space[Any], Space[Any]]
 def make_agent(run: RunConfig, tasks: Sequence[Task]) -> Agent:
     """The configured agent for the first task's spaces: S seeds stacked, on the device."""
     kind = agents.get(run.agent_name)
+    observation_space, action_space = tasks[0].observation_space, tasks[0].action_space
+    assert observation_space is not None and action_space is not None  # tasks are resolved
     made = []
     for s in range(run.seeds):
         with seeding.forked(seeding.child(run.seed + s, "init")):
-            made.append(kind(tasks[0].observation_space, tasks[0].action_space, run.agent))
+            made.append(kind(observation_space, action_space, run.agent))
+    _check_spaces(made[0], tasks)
     return kind.stacked(made).place(_device(run))
+
+
+def _check_spaces(agent: Agent, tasks: Sequence[Task]) -> None:
+    """Later tasks fit the first one's networks, unless the agent builds some for each task."""
+    if any(type(part).build is not Agent.build for part in agent.contained()):
+        return
+    shapes = [
+        (getattr(s, "shape", None), getattr(s, "n", None))
+        for task in tasks
+        for s in (task.observation_space, task.action_space)
+    ]
+    for k, task in enumerate(tasks):
+        if shapes[2 * k : 2 * k + 2] != shapes[:2]:
+            raise UserError(
+                f"task {task.name!r} has observations {task.observation_space} and actions "
+                f"{task.action_space}, the first task has others, and {type(agent).__name__} uses "
+                "the same networks for all tasks: choose tasks of one shape, or another agent"
+            )
 
 
 def _device(run: RunConfig) -> str:
@@ -204,7 +230,7 @@ def _prepare(folder: Path, run: RunConfig) -> None:
                 )
             with checkpoint.Lock(folder):
                 for entry in folder.iterdir():
-                    if entry.name != "lock":
+                    if entry.name not in ("lock", LOG):
                         shutil.rmtree(entry) if entry.is_dir() else entry.unlink()
         folder.mkdir(parents=True, exist_ok=True)
     except OSError as error:
@@ -219,14 +245,23 @@ def _run(
     run: RunConfig,
     folder: Path,
     progress: bool,
-    state: dict[str, Any] | None,
+    state: dict[str, Any] | None = None,
+    path: Path | None = None,
 ) -> None:
-    """Train, with loggers, bar and checkpoints tied to the folder."""
+    """Train, with loggers, bar and checkpoints tied to the folder.
+
+    Args:
+        agent: freshly made.
+        tasks: resolved.
+        run: the configuration, written to the folder.
+        folder: locked by the caller.
+        progress: show a bar.
+        state: of the checkpoint at `path`, to go on from.
+        path: where `state` came from.
+    """
     device = _device(run)
     data = [_identity(task) for task in tasks]
-    began = time.monotonic()
-    spent = 0.0 if state is None else float(state["wall_s"])
-    loggers = Loggers(folder, None if state is None else _position(Clock(**state["clock"])))
+    began, spent = time.monotonic(), 0.0
     bar = _Bar(progress)
 
     def wall() -> float:
@@ -240,19 +275,26 @@ def _run(
         state["wall_s"] = wall()
         state["data"] = data
         state["tasks"] = [task.plain() for task in tasks]
-        meta = {k: getattr(run, k) for k in ("precision", "compile", "threads")} | {"device": device}
+        meta = {k: getattr(run, k) for k in ("precision", "compile", "threads")}
+        meta["device"] = device
         checkpoint.save_step(
             folder, _position(clock), state, config.dump(run), meta, run.keep_checkpoints
         )
 
     def results(status: str) -> None:
-        _write(
-            folder / RESULTS, json.dumps(_results(run, tasks, data, trainer, wall(), device, status))
-        )
+        content = _results(run, tasks, data, trainer, wall(), device, status)
+        write(folder / RESULTS, json.dumps(content))
 
     trainer = Trainer(agent, tasks, run, log, save, bar.tick, lambda _: results("running"))
+    position = None
     if state is not None:
-        trainer.load_state(state)
+        assert path is not None
+        with _belonging(path):  # refused before anything in the folder is touched
+            trainer.load_state(state)
+            spent, position = float(state["wall_s"]), _position(trainer.clock)
+        trainer.warnings += _ended_schedules(agent, tasks, state)
+    write(folder / CONFIG, config.dump(run))  # an extended run that stops keeps its new budget
+    loggers = Loggers(folder, position)
     status = "failed"
     try:
         trainer.run()
@@ -311,17 +353,61 @@ def _identity(task: Task) -> dict[str, Any] | None:
     }
 
 
+@contextmanager
+def _belonging(path: Path) -> Iterator[None]:
+    """What a checkpoint of another agent or configuration causes, as one line."""
+    try:
+        yield
+    except (AttributeError, LookupError, RuntimeError, TypeError, ValueError) as error:
+        reason = " ".join(str(error).split())
+        raise UserError(
+            f"the checkpoint {path} was not written by the run that {CONFIG} describes "
+            f"({type(error).__name__}: {reason[:200]}): put back the file or the checkpoint that "
+            "belongs there, or train anew"
+        ) from error
+
+
+def _check_stages(agent: Agent, tasks: list[Task], state: Mapping[str, Any]) -> None:
+    """A larger budget must lie ahead: what a finished stage would have done is not made up for."""
+    clock = Clock(**state["clock"])
+    before = agent.stages(Task.from_plain(state["tasks"][clock.task]))
+    after = agent.stages(tasks[clock.task])
+    passed, now = before[: clock.stage], before[clock.stage]
+    if after[: clock.stage] != passed or after[clock.stage].name != now.name:
+        raise UserError(
+            f"the run is in its stage {now.name!r} and cannot be given a longer earlier one: "
+            f"extend {'--env-steps' if now.env_steps else '--updates'} instead"
+        )
+
+
+def _ended_schedules(agent: Agent, tasks: list[Task], state: Mapping[str, Any]) -> list[str]:
+    """What a longer run should know: a schedule keeps its first length, and then its last value."""
+    if all(
+        (task.updates, task.env_steps) == (before["updates"], before["env_steps"])
+        for task, before in zip(tasks, state["tasks"], strict=True)
+    ):
+        return []
+    return [
+        f"the learning rate of {name!r} was scheduled over {total} updates and keeps its final "
+        "value from there on"
+        for part in agent.contained()
+        for name, total in part.schedules.items()
+        if total
+    ]
+
+
 def _check_data(tasks: list[Task], saved: list[Any], folder: Path) -> None:
-    for task, before in zip(tasks, saved):
+    for task, before in zip(tasks, saved, strict=True):
         now = _identity(task)
         if before is not None and (now is None or now["sha256"] != before["sha256"]):
             raise UserError(
-                f"the dataset {task.dataset} is not the one that {folder} was trained on (its sha256"
-                f" was {before['sha256'][:12]}...): put the old file back, or train anew"
+                f"the dataset {task.dataset} is not the one that {folder} was trained on (its "
+                f"sha256 was {before['sha256'][:12]}...): put the old file back, or train anew"
             )
 
 
-def _extended(run: RunConfig, updates: int | None, env_steps: int | None) -> RunConfig:
+def extended(run: RunConfig, updates: int | None, env_steps: int | None) -> RunConfig:
+    """The run with a longer last task; a shorter one is refused."""
     last = run.tasks[-1]
     for name, new in (("updates", updates), ("env_steps", env_steps)):
         if new is not None and new < getattr(last, name):
@@ -365,12 +451,12 @@ def _results(
                 "dataset": identity,
                 "reference_scores": task.reference_scores,
             }
-            for task, identity in zip(tasks, data)
+            for task, identity in zip(tasks, data, strict=True)
         ],
         "seeds": [run.seed + s for s in range(run.seeds)],
         "evaluations": evaluations,
         "last": evaluations[-1] if evaluations else None,
-        "best": max(evaluations, key=_merit) if evaluations else None,
+        "best": max(evaluations, key=merit) if evaluations else None,
         "updates": trainer.clock.counted_updates,
         "env_steps": trainer.clock.total_env_steps,
         "wall_time_s": round(wall_s, 1),
@@ -384,7 +470,7 @@ def _results(
     }
 
 
-def _merit(evaluation: dict[str, Any]) -> float:
+def merit(evaluation: dict[str, Any]) -> float:
     """Mean score where there is one, else mean return."""
     values = evaluation["score"] or evaluation["returns"]
     return float(np.mean(values))
@@ -398,7 +484,7 @@ def data_score(info: datasets.DatasetInfo) -> tuple[float, float | None]:
     return mean, float(normalized_score(mean, *info.reference_scores))
 
 
-def _write(path: Path, text: str) -> None:
+def write(path: Path, text: str) -> None:
     """Replace a file in one step."""
     temporary = path.with_name(f".tmp-{path.name}-{os.getpid()}")
     try:

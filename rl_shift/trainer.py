@@ -68,6 +68,7 @@ class Trainer:
         tick: Callable[[Clock, Stage, float | None], None] = lambda clock, stage, score: None,
         evaluated: Callable[[list[dict[str, Any]]], None] = lambda evaluations: None,
     ) -> None:
+        """Nothing is opened before `run`."""
         self.agent, self.tasks, self.config = agent, list(tasks), config
         self.log, self.save, self.tick, self.evaluated = log, save, tick, evaluated
         self.clock = Clock()
@@ -83,7 +84,8 @@ class Trainer:
         self._metrics: Metrics = {}
         self._resumed: Mapping[str, Any] | None = None
         self._stop = False
-        self._marks = (time.perf_counter(), 0)
+        self._since = time.perf_counter()  # the stopwatch behind `seconds` runs from here
+        self._marks = (0.0, 0)  # seconds and updates at the last log
 
     # ---- walking -----------------------------------------------------------------------------
 
@@ -97,10 +99,13 @@ class Trainer:
         with _Interrupts(self):
             if self._resumed is None:
                 seeding.seed_default(seeding.child(self.config.seed, "learner"))
-            for self.clock.task in range(self.clock.task, len(self.tasks)):
-                self._run_task(self.tasks[self.clock.task])
-        for evaluator in self._evaluators.values():
-            evaluator.close()
+            try:
+                for k in range(self.clock.task, len(self.tasks)):
+                    self.clock.task = k
+                    self._run_task(self.tasks[k])
+            finally:
+                for evaluator in self._evaluators.values():
+                    evaluator.close()
 
     def _run_task(self, task: Task) -> None:
         clock, last = self.clock, self.clock.task == len(self.tasks) - 1
@@ -111,8 +116,8 @@ class Trainer:
             self._restore(self._resumed)
             self._resumed = None
         stages = self.agent.stages(task)
-        for clock.stage in range(clock.stage, len(stages)):
-            stage = stages[clock.stage]
+        for k in range(clock.stage, len(stages)):
+            clock.stage, stage = k, stages[k]
             for agent in self.agent.contained():
                 agent.stage = stage.name
             self._run_stage(task, stage)
@@ -130,7 +135,8 @@ class Trainer:
             clock.stage = clock.updates = clock.env_steps = 0
 
     def _run_stage(self, task: Task, stage: Stage) -> None:
-        self._marks = (time.perf_counter(), self.clock.total_updates)
+        self._since = time.perf_counter()
+        self._marks = (self.seconds, self.clock.total_updates)
         if stage.env_steps:
             self._interact(task, stage)
         else:
@@ -138,6 +144,7 @@ class Trainer:
                 self._update(self.buffer, stage)
                 self.clock.updates += 1
                 self._after(stage, self.clock.updates, 1)
+        self._stop_watch()
 
     def _interact(self, task: Task, stage: Stage) -> None:
         agent, clock, collector = self.agent, self.clock, self.collector
@@ -152,7 +159,7 @@ class Trainer:
         while clock.env_steps < stage.env_steps:
             random = clock.env_steps < warmup
             finished = collector.collect(agent, agent.collect_every, True, random)
-            self._rollouts.extend(zip(finished["returns"], finished["lengths"]))
+            self._rollouts.extend(zip(finished["returns"], finished["lengths"], strict=True))
             clock.env_steps += step
             clock.total_env_steps += step
             if clock.env_steps >= warmup:
@@ -187,24 +194,39 @@ class Trainer:
             score = float(np.mean(self.evaluations[-1]["score"]))
         self.tick(self.clock, stage, score)
 
+    def _stop_watch(self) -> None:
+        """Add the time since the stopwatch was last read to `seconds`."""
+        now = time.perf_counter()
+        self.seconds, self._since = self.seconds + now - self._since, now
+
+    def _check_finite(self) -> None:
+        """Stop before a NaN or an infinity is logged, evaluated or saved.
+
+        A gradient can turn parameters into NaN in an update whose metrics are still finite.
+        """
+        found = [*self._metrics.items(), *self.agent.named_parameters()]
+        bad = next((k for k, v in found if not bool(torch.isfinite(v).all())), None)
+        if bad is not None:
+            raise TrainingDiverged(
+                f"{bad} is not finite after {self.clock.total_updates} updates; training stopped, "
+                "earlier checkpoints are kept: lower the learning rate or check the data"
+            )
+
     def _log(self, stage: Stage) -> None:
+        self._check_finite()
         prefix = "train" if stage.counted else stage.name
         values = {f"{prefix}/{k}": float(v.float().mean()) for k, v in self._metrics.items()}
-        bad = [k for k, v in values.items() if not np.isfinite(v)]
-        if bad:
-            raise TrainingDiverged(
-                f"{bad[0]} is {values[bad[0]]} after {self.clock.total_updates} updates; training "
-                "stopped, the last checkpoint is kept: lower the learning rate or check the data"
-            )
-        now, (then, updates) = time.perf_counter(), self._marks
-        self.seconds += now - then
-        values["time/updates_per_s"] = (self.clock.total_updates - updates) / max(now - then, 1e-9)
+        self._stop_watch()
+        then, updates = self._marks
+        values["time/updates_per_s"] = (self.clock.total_updates - updates) / max(
+            self.seconds - then, 1e-9
+        )
         if self._rollouts:
-            returns, lengths = zip(*self._rollouts)
+            returns, lengths = zip(*self._rollouts, strict=True)
             values["rollout/ep_rew_mean"] = float(np.mean(returns))
             values["rollout/ep_len_mean"] = float(np.mean(lengths))
         self.log(self.clock, values)
-        self._marks = (time.perf_counter(), self.clock.total_updates)
+        self._marks = (self.seconds, self.clock.total_updates)
 
     def _is_evaluated(self) -> bool:
         """Whether the last evaluation happened exactly here."""
@@ -215,7 +237,8 @@ class Trainer:
 
     def _evaluate(self, stage: Stage) -> None:
         """Evaluate every task begun so far, each in its own focus; training is not disturbed."""
-        paused = time.perf_counter()
+        self._check_finite()
+        self._stop_watch()
         clock, current = self.clock, self.tasks[self.clock.task]
         index = sum(e["task"] == e["during"] for e in self.evaluations)
         for k, task in enumerate(self.tasks[: clock.task + 1]):
@@ -252,8 +275,7 @@ class Trainer:
                 values[f"{tag}/normalized_score"] = float(np.mean(score))
             self.log(clock, values)
         self.evaluated(self.evaluations)
-        then, updates = self._marks
-        self._marks = (then + time.perf_counter() - paused, updates)
+        self._since = time.perf_counter()
 
     # ---- buffers -----------------------------------------------------------------------------
 
@@ -264,26 +286,26 @@ class Trainer:
         seeds = tuple(seeding.child(config.seed + s, "sampler", k) for s in range(config.seeds))
         observation_space, action_space = task.observation_space, task.action_space
         assert observation_space is not None and action_space is not None
-        scale = (1.0, 0.0)
         spec = transition_spec(observation_space, action_space)
         self.ring = self.collector = None
         if task.data is not None:
-            raw = datasets.load(
+            arrays = datasets.load(
                 task.data,
                 self.agent.columns,
                 config.data_mode,
-                action_space=action_space,
+                task.reward,
+                action_space,
                 observation_space=observation_space,
             )
-            scale = datasets.reward_transform(task.reward, raw)
-            raw["reward"] = raw["reward"] * np.float32(scale[0]) + np.float32(scale[1])
-            raw["task"] = np.full(len(raw["reward"]), k, dtype=np.int64)
-            self.buffer = Buffer.from_arrays(raw, device, seeds)
+            arrays["task"] = np.full(len(arrays["reward"]), k, dtype=np.int64)
+            self.buffer = Buffer.from_arrays(arrays, device, seeds)
         if task.env_steps:
             assert task.env is not None
-            env = envs.make(task.env, config.lanes, shift=task.shift)
+            env = envs.make(task.env, config.lanes, shift=task.shift, obs_pad=task.obs_pad)
             capacity = self.agent.buffer_capacity
-            self.ring = Buffer(spec, capacity, config.lanes, device, seeds)
+            raw = {} if task.data is None else datasets.load(task.data, mode=config.data_mode)
+            scale = datasets.reward_transform(task.reward, raw)  # the same as the data's
+            self.ring = Buffer(spec, capacity, config.lanes, device, seeds, stream="ring")
             self.collector = Collector(
                 env, self.ring, seeding.child(config.seed, "collector", k), k, scale
             )
@@ -293,14 +315,10 @@ class Trainer:
     # ---- state -------------------------------------------------------------------------------
 
     def _save(self) -> None:
-        bad = [k for k, v in self._metrics.items() if not bool(torch.isfinite(v).all())]
-        if bad:
-            raise TrainingDiverged(
-                f"{bad[0]} is not finite after {self.clock.total_updates} updates; training "
-                "stopped, the last checkpoint is kept: lower the learning rate or check the data"
-            )
+        self._check_finite()
+        self._stop_watch()
         self.save(self.clock, self.state())
-        self._marks = (time.perf_counter(), self.clock.total_updates)
+        self._since = time.perf_counter()
 
     def state(self) -> dict[str, Any]:
         """Everything a bitwise continuation needs."""

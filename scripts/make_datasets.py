@@ -64,6 +64,14 @@ def deep_ope(arguments: argparse.Namespace) -> None:
             print(f"{out}: {seconds:.0f} s, {arguments.steps / seconds:.0f} steps/s", flush=True)
 
 
+def replay(arguments: argparse.Namespace) -> None:
+    """Thins the replay buffer of a run of ours; the bundled dataset was made this way."""
+    from rl_shift.replay import record_replay
+
+    path = record_replay(arguments.run_dir, arguments.out, arguments.rows, arguments.origin)
+    print(f"{path}: {path.stat().st_size / 1e6:.1f} MB")
+
+
 def main() -> int:
     """Parses the command line; 0, or 2 after a mistake the user can mend."""
     parser = argparse.ArgumentParser(description=__doc__)
@@ -76,6 +84,12 @@ def main() -> int:
     command.add_argument("--policies", type=Path, help="default: $RL_SHIFT_DATA/policies/deep_ope")
     command.add_argument("--seed", type=int, default=0)
     command.set_defaults(run=deep_ope)
+    command = commands.add_parser("replay", help="episodes of a trained run's replay buffer")
+    command.add_argument("run_dir", type=Path, help="such as runs/sac.Hopper-v5.seed0")
+    command.add_argument("--rows", type=int, default=45_000, help="at most; default 45000")
+    command.add_argument("--out", type=Path, default=Path("replay.hdf5"))
+    command.add_argument("--origin", default="replay buffer of an rl_shift run")
+    command.set_defaults(run=replay)
     arguments = parser.parse_args()
     from rl_shift.errors import UserError
 

@@ -223,7 +223,7 @@ def test_packed_storage_keeps_types():
         "action": np.array([0, 2, 1, 0], np.int32),
         "reward": np.array([1, 2, 3, 4], np.float64),
         "next_obs": torch.from_numpy(images[:, ::-1].copy()),
-        "terminated": np.array([0, 0, 1, 0], np.uint8),
+        "terminated": np.array([0, 0, 0.25, 0]),
         "truncated": np.array([False, False, False, True]),
         "task": np.array([3, 3, 2**40, 3]),
         "next_action": torch.from_numpy(numbers),
@@ -377,6 +377,7 @@ def test_stacked_seeds_draw_what_separate_buffers_draw(flat):
 
     stacked, where = make((1, 3, 5)), torch.arange(3, 9)
     separate = {k: make((seed,)) for k, seed in enumerate(stacked.seeds)}
+    batch = {}
     for _ in range(40):
         for reader in (
             lambda b: b.sample(6),

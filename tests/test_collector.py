@@ -7,6 +7,7 @@ import torch
 from gymnasium import spaces
 from gymnasium.vector import AutoresetMode, SyncVectorEnv
 
+from rl_shift.agent import Agent
 from rl_shift.buffer import Buffer, transition_spec
 from rl_shift.collector import Collector
 from rl_shift.envs import make
@@ -42,25 +43,30 @@ class Counting(gymnasium.Env):
         return self.where(), reward, ended and not self.truncates, ended and self.truncates, {}
 
 
-class Player(torch.nn.Module):
+class Player(Agent):
     """Acts by a linear map, and with noise from the learner's stream when it explores."""
 
-    seeds = 1
+    def __init__(self, observation_space, action_space):
+        super().__init__(observation_space, action_space, None)
+        self.map = torch.nn.Linear(observation_space.shape[0], 1)
 
-    def __init__(self, obs=2, choices=0):
-        super().__init__()
-        self.map, self.choices = torch.nn.Linear(obs, 1), choices
-
-    def run(self, function, *data):
-        with torch.no_grad():
-            return function(*data)
+    @staticmethod
+    def supports(observation_space, action_space):
+        return None
 
     def act(self, obs, explore):
-        assert obs.dtype == torch.float32
+        assert obs.dtype == torch.float32 and not torch.is_grad_enabled()
         action = self.map(obs)
         if explore:
             action = action + torch.randn_like(action)
-        return (action[:, 0] > 0).long() if self.choices else action.clamp(-1, 1)
+        discrete = isinstance(self.action_space, spaces.Discrete)
+        return (action[:, 0] > 0).long() if discrete else action.clamp(-1, 1)
+
+
+def player(source=None):
+    """A player for the environment of `source`, or for `Counting`."""
+    env = source.env.envs[0] if source else Counting
+    return Player(env.observation_space, env.action_space)
 
 
 def collector(lanes, capacity=1000, secret=False, **options):
@@ -82,7 +88,7 @@ def test_stored_transitions_are_the_ones_that_happened(random):
     source = collector(LANES, task=6)
     finished = {"returns": [], "lengths": []}
     for steps in (1, 7, 30):
-        for key, values in source.collect(Player(), steps, random=random).items():
+        for key, values in source.collect(player(), steps, random=random).items():
             finished[key] += values
     batch = source.buffer.latest(38)
     assert len(source.buffer) == 38 * len(LANES)
@@ -106,7 +112,7 @@ def test_stored_transitions_are_the_ones_that_happened(random):
 
 def test_stored_reward_is_transformed_and_the_returns_are_raw():
     source = collector([(2, False)], reward=(0.5, -1.0))
-    finished = source.collect(Player(), 4)
+    finished = source.collect(player(), 4)
     assert source.buffer.latest(4)["reward"].tolist() == [[4.5, 5.0, 4.5, 5.0]]
     assert finished == {"returns": [23.0, 23.0], "lengths": [2, 2]}
 
@@ -117,7 +123,7 @@ def test_vector_environment_that_reuses_its_arrays():
     )
     spec = transition_spec(env.single_observation_space, env.single_action_space)
     source = Collector(env, Buffer(spec, 100, 2), seed=0)
-    source.collect(Player(), 10)
+    source.collect(player(), 10)
     batch = source.buffer.latest(10)
     assert torch.equal(batch["obs"][0, :, 1], (torch.arange(10) % 3).float())
     assert torch.equal(batch["next_obs"][..., 1], batch["obs"][..., 1] + 1)
@@ -125,17 +131,17 @@ def test_vector_environment_that_reuses_its_arrays():
 
 def test_exploration_and_random_actions():
     torch.manual_seed(0)
-    player, source = Player(), collector([(9, False)] * 3)
-    source.collect(player, 5, explore=False)
+    agent, source = player(), collector([(9, False)] * 3)
+    source.collect(agent, 5, explore=False)
     batch = source.buffer.latest(5)
-    expected = player.map(batch["obs"]).clamp(-1, 1)
+    expected = agent.map(batch["obs"]).clamp(-1, 1)
     assert torch.allclose(batch["action"], expected)
     state = torch.get_rng_state()
-    source.collect(player, 200, random=True)
+    source.collect(agent, 200, random=True)
     assert torch.equal(state, torch.get_rng_state())  # random actions are the collector's own
     action = source.buffer.latest(200)["action"].flatten()
     assert action.abs().max() <= 1 and action.abs().mean() == pytest.approx(0.5, abs=0.05)
-    source.collect(player, 1, explore=True)
+    source.collect(agent, 1, explore=True)
     assert not torch.equal(state, torch.get_rng_state())
 
 
@@ -147,19 +153,20 @@ def test_state_continues_exactly(lanes):
         return Collector(env, Buffer(spec, 64 * lanes, lanes), seed=5)
 
     torch.manual_seed(0)
-    player, source = Player(4, choices=2), begin()
-    source.collect(player, 20, random=True)
-    source.collect(player, 33)
+    source = begin()
+    agent = player(source)
+    source.collect(agent, 20, random=True)
+    source.collect(agent, 33)
     saved, rows, noise = source.state(), source.buffer.state(), torch.get_rng_state()
 
     def onward(source):
         torch.set_rng_state(noise)
-        ended = [source.collect(player, 15, random=True), source.collect(player, 60)]
+        ended = [source.collect(agent, 15, random=True), source.collect(agent, 60)]
         return ended, source.buffer.arrays(), source.steps
 
     ended, arrays, steps = onward(source)
     resumed = begin()
-    resumed.collect(player, 2)  # a state of its own, to be replaced
+    resumed.collect(agent, 2)  # a state of its own, to be replaced
     resumed.buffer.load_state(rows)
     assert resumed.load_state(saved) is True
     ended_again, arrays_again, steps_again = onward(resumed)
@@ -177,12 +184,12 @@ def first_obs(source):
 
 def test_environment_without_export_begins_new_episodes():
     source = collector([(5, False), (7, True)], secret=True)
-    source.collect(Player(), 3)
+    source.collect(player(), 3)
     state, rows = source.state(), source.buffer.state()
     resumed = collector([(5, False), (7, True)], secret=True)
     resumed.buffer.load_state(rows)
     assert resumed.load_state(state) is False
-    resumed.collect(Player(), 4)
+    resumed.collect(player(), 4)
     batch = resumed.buffer.latest(7)
     assert batch["obs"][..., 1].tolist() == [[0, 1, 2, 0, 1, 2, 3]] * 2
     assert batch["next_obs"][:, 2, 1].tolist() == [3, 3]
@@ -209,7 +216,7 @@ def test_wrong_pairs_are_refused():
     env = make("CartPole-v1", lanes=2)
     with pytest.raises(ValueError, match="2 environments write into a buffer of 3 lanes"):
         Collector(env, Buffer(spec, 12, 3), seed=0)
-    stacked = Player()
+    stacked = player()
     stacked.seeds = 2
     with pytest.raises(UserError, match="--seeds K"):
         collector([(3, False)]).collect(stacked, 1)
