@@ -78,7 +78,7 @@ class TD3BC(Agent):
 
     def act(self, obs: Tensor, explore: bool) -> Tensor:
         """(N, obs) -> (N, action)."""
-        action = self.actor(self.normalizer(obs))
+        action: Tensor = self.actor(self.normalizer(obs))
         if explore:
             noise = self.config.exploration_noise * torch.randn_like(action)
             action = (action + noise).clamp(-1, 1)

@@ -281,15 +281,19 @@ class Learner(nn.Module):
             t = live["@step." + key] + 1
             live["@step." + key] = t
             count = t.double()  # 1 - b^t, exact where `1 - b**t` cancels
-            c1 = -torch.expm1(count * math.log(b1))
-            c2 = (-torch.expm1(count * math.log(b2))).sqrt()
-            for k in self._names_of((name,)):
+            own = self._names_of((name,))
+            dtype = gradients[own[0]].dtype
+            rate = (lr / -torch.expm1(count * math.log(b1))).to(dtype)
+            scale = (-torch.expm1(count * math.log(b2))).rsqrt().to(dtype)
+            # as_strided: else the compiler computes both anew for every vector of elements
+            rate, scale = rate.as_strided((), ()), scale.as_strided((), ())
+            for k in own:
                 g, full = gradients[k], self.prefix + k
                 m = torch.lerp(live["@m." + full], g, 1 - b1)
                 v = live["@v." + full] * b2 + g * g * (1 - b2)
                 p = live[full] * (1 - lr * decay) if decay else live[full]
                 live["@m." + full], live["@v." + full] = m, v
-                live[full] = p - (lr / c1) * m / (v.sqrt() / c2 + eps)
+                live[full] = p - rate * m / (v.sqrt() * scale + eps)
         return metrics
 
     def tensors(self) -> dict[str, Tensor]:

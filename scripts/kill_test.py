@@ -20,6 +20,7 @@ from typing import Any
 import numpy as np
 
 TRAIN = (sys.executable, "-m", "rl_shift", "train")
+POLL_S = 0.005
 TIMES = ("seconds", "wall_s")  # what may differ: how long it took
 
 
@@ -45,48 +46,59 @@ class Outcome:
 def kill_test(arguments: Sequence[str], folder: Path, kills: int, seed: int = 0) -> Outcome:
     """Train twice with `arguments`: undisturbed, and with `kills` kills at random times."""
     whole, killed = folder / "whole", folder / "killed"
+    seen: list[tuple[float, int]] = []  # when a checkpoint was first seen, and its position
     began = time.monotonic()
-    process = start(arguments, whole, folder / "whole.log")
-    while process.poll() is None and newest(whole) is None:
-        time.sleep(0.02)
-    first_s = time.monotonic() - began  # until the first checkpoint: mostly imports
-    ended(process, folder / "whole.log")
+    process = start(arguments, whole)
+    while process.poll() is None:
+        position = newest(whole)
+        if position is not None and (not seen or position > seen[-1][1]):
+            seen.append((time.monotonic() - began, position))
+        time.sleep(POLL_S)
+    ended(process, whole)
     outcome = Outcome(time.monotonic() - began)
-    share = (outcome.whole_s - first_s) / kills
+    first_s, last = seen[0][0], seen[-1][1]
+    interval_s = (seen[-1][0] - first_s) / max(len(seen) - 1, 1)
     generator = np.random.default_rng(seed)
-    for _ in range(kills):
-        # Many during imports and loading; the others get, on the whole, less than the run's length.
-        delay = generator.uniform(0.3 * first_s, first_s + 1.2 * share)
+    while len(outcome.kills) < kills:
         before = newest(killed)
-        process = start(arguments, killed, folder / "killed.log")
-        try:
-            process.wait(delay)
-            ended(process, folder / "killed.log")
-            break  # it was faster than expected: nothing is left to be killed
-        except subprocess.TimeoutExpired:
-            process.kill()
-            process.wait()
-        left = list(killed.glob("checkpoints/.tmp-*")) + list(killed.glob("checkpoints/*.replaced"))
-        outcome.kills.append(Kill(delay, before, newest(killed), len(left)))
-    ended(start(arguments, killed, folder / "killed.log"), folder / "killed.log")
-    outcome.differences = list(differences(*(state(run) for run in (whole, killed))))
+        target, deadline = last + 1, generator.uniform(0, first_s)
+        if generator.random() < 0.75:  # in training, else while it starts
+            target = (before or 0) + generator.uniform(0, 0.8 * last / kills)
+            deadline = np.inf
+        began = time.monotonic()
+        process = start(arguments, killed)
+        while process.poll() is None and time.monotonic() - began < deadline:
+            if deadline == np.inf and (newest(killed) or 0) > target:
+                deadline = time.monotonic() - began + generator.uniform(0, 2 * interval_s)
+            time.sleep(POLL_S)
+        if process.poll() is not None:
+            ended(process, killed)
+            break  # nothing is left to be killed
+        process.kill()
+        process.wait()
+        found = [*killed.glob("checkpoints/.tmp-*"), *killed.glob("checkpoints/*.replaced")]
+        after_s = time.monotonic() - began
+        outcome.kills.append(Kill(after_s, before, newest(killed), len(found)))
+    ended(start(arguments, killed), killed)
+    outcome.differences = list(differences(state(whole), state(killed)))
     return outcome
 
 
-def start(arguments: Sequence[str], run_dir: Path, log: Path) -> subprocess.Popen[bytes]:
+def start(arguments: Sequence[str], run_dir: Path) -> subprocess.Popen[bytes]:
     """The command line of a user: resume where there is a checkpoint, else train."""
     if newest(run_dir) is None:
         command = [*TRAIN, *arguments, "--run-dir", str(run_dir), "--overwrite"]
     else:
         command = [*TRAIN, "--resume", str(run_dir)]
-    with log.open("ab") as file:
+    with run_dir.with_suffix(".log").open("ab") as file:
         return subprocess.Popen(command, stdout=file, stderr=subprocess.STDOUT)
 
 
-def ended(process: subprocess.Popen[bytes], log: Path) -> None:
+def ended(process: subprocess.Popen[bytes], run_dir: Path) -> None:
     """Wait for the process; it must not fail."""
     if process.wait() != 0:
-        raise SystemExit(f"training failed with exit code {process.returncode}, see {log}")
+        log = run_dir.with_suffix(".log").read_text(encoding="utf-8")
+        raise SystemExit(f"training failed with exit code {process.returncode}:\n{log}")
 
 
 def newest(run_dir: Path) -> int | None:

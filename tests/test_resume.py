@@ -263,10 +263,19 @@ def test_kill_after_kill(datasets: list[str], tmp_path: Path) -> None:
 def test_sigkill_at_random_times_through_the_command_line(tmp_path: Path) -> None:
     """The short form of `scripts/kill_test.py`."""
     data = record(["random"], "Pendulum-v1", 400, tmp_path / "data.hdf5", lanes=2)
-    arguments = ["--dataset", str(data), "--agent.hidden", "[8]", "--agent.batch_size", "8"]
+    arguments = [
+        "--dataset",
+        str(data),
+        "--agent.hidden",
+        "[8]",
+        "--agent.batch_size",
+        "8",
+        "--eval-episodes",
+        "2",
+    ]
     script = load_script("kill_test")
     outcome = script.kill_test(
-        ["td3_bc", *arguments, "--updates", "200", "--save-every", "2"], tmp_path, kills=2, seed=1
+        ["td3_bc", *arguments, "--updates", "100", "--save-every", "2"], tmp_path, kills=2, seed=2
     )
     assert len(outcome.kills) == 2
     assert outcome.differences == []
