@@ -64,7 +64,7 @@ class IQL(Agent):
         )
 
     def advantage(self, batch: Batch) -> Tensor:
-        """U = min_i Q'_i(s, a) - V(s), (B,)."""
+        """Advantage u = min_i Q'_i(s, a) - V(s), (B,)."""
         q = self.target_critic(batch["obs"], batch["action"]).amin(0)
         return q - self.value(batch["obs"])
 

@@ -113,7 +113,26 @@ class Agent(Learner):
         for name, total in self.schedules.items():
             self.schedules[name] = total or task.updates or task.env_steps
         self.begun.append(task)
+        self._build(task)
+
+    def _build(self, task: Task) -> None:
+        """`build`, for every stacked seed by itself, on the device of what is there already."""
+        self.structure += 1
+        if type(self).build is Agent.build:
+            return
+        known = {id(tensor) for tensor in self._all_tensors()}
+        alone = [self.select(k) for k in range(self.seeds)] if self.seeds > 1 else []
+        for agent in alone:
+            agent.build(task)
         self.build(task)
+        if alone:
+            for inner in self.contained():
+                inner.seeds = self.seeds
+            everyone = (list(agent._all_tensors()) for agent in (self, *alone))
+            for mine, *own in zip(*everyone, strict=True):
+                if id(mine) not in known:
+                    mine.data = torch.stack([tensor.data for tensor in own])
+        self.place(self.normalizer.mean.device)
 
     def end_task(self, task: Task, buffer: Buffer) -> None:
         """What is kept of a finished task; short."""
@@ -203,7 +222,7 @@ class Agent(Learner):
             agent.begun = [Task.from_plain(task) for task in saved["begun"]]
             agent.schedules.update(saved["schedules"])  # a longer run keeps its first schedule
             for task in agent.begun:
-                agent.build(task)
+                agent._build(task)
         self.load_state_dict(state["module"])
         for prefix, agent in self.prefixed():
             saved = state["agents"][prefix]

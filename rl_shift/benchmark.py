@@ -327,14 +327,16 @@ def table(rows: Sequence[Row]) -> str:
         return "(nothing ran)"
     lines = [
         f"| {rows[0].section} | {rows[0].unit}, median [min-max] "
-        f"| ratio to {rows[0].reference}, median [min-max] | % of ceiling | set-up s |",
-        "|---|---|---|---|---|",
+        f"| ratio to {rows[0].reference}, median [min-max] | % of ceiling | set-up s | notes |",
+        "|---|---|---|---|---|---|",
     ]
     for row in rows:
         percent = f"{statistics.median(row.percents):.0f}" if row.percents else ""
         setup = f"{row.setup_s:.1f}" if row.setup_s >= 0.05 else ""
+        notes = ", ".join(f"{key} {value:.3g}" for key, value in row.notes.items())
         lines.append(
-            f"| {row.name} | {_show(row.rates)} | {_show(row.ratios, 2)} | {percent} | {setup} |"
+            f"| {row.name} | {_show(row.rates)} | {_show(row.ratios, 2)} "
+            f"| {percent} | {setup} | {notes} |"
         )
     return "\n".join(lines)
 

@@ -22,6 +22,7 @@ COMMANDS = {
     "data": ("rl_shift.data_commands:data", "list, info, verify, download or collect datasets"),
     "list": ("rl_shift.commands:listing", "list agents, envs, datasets or presets"),
     "sweep": ("rl_shift.sweep:sweep", "train every combination of a grid file"),
+    "report": ("rl_shift.report:report", "compare runs: tables, intervals, pictures, one page"),
     "demo": ("rl_shift.demo:demo", "train on the bundled dataset and show the result"),
 }
 

@@ -88,7 +88,8 @@ class CompiledUnit:
             **(options or {}),
         }
         self.variants: dict[Any, Callable[[dict[str, Tensor], Batch], Metrics]] = {}
-        self.tensors = agent.tensors()
+        self.tensors: dict[str, Tensor] = {}
+        self.structure = -1
 
     def _compile(self) -> Callable[[dict[str, Tensor], Batch], Metrics]:
         agent, method = self.agent, getattr(type(self.agent), self.method)
@@ -110,9 +111,23 @@ class CompiledUnit:
         compiled = torch.compile(unit, fullgraph=True, dynamic=False, options=self.options, **flags)
         return Captured(compiled) if self.capture else compiled
 
+    def _look_again(self) -> None:
+        """Forget what was compiled if tensors were added, dropped or replaced since."""
+        found = self.agent.tensors()
+        places = [
+            {k: (v.data_ptr(), v.shape, v.dtype) for k, v in tensors.items()}
+            for tensors in (self.tensors, found)
+        ]
+        if places[0] != places[1]:
+            self.tensors, self.variants = found, {}
+
     def __call__(self, batch: Batch) -> Metrics:
         """Run one update on a batch with the shapes of the first one."""
         agents = [a for _, a in self.agent.prefixed()]
+        structure = sum(a.structure for a in agents)
+        if structure != self.structure:
+            self._look_again()
+            self.structure = structure
         phases = tuple(a.updates % a.delay for a in agents)
         key = (self.agent.variant(), phases)
         if key not in self.variants:
@@ -190,7 +205,6 @@ class Updater:
         for agent in stepping:  # they loop inside `update` and call their compiled `step`
             unit = CompiledUnit(agent, "step", capture, self.options)
             agent.__dict__["step"] = unit  # shadows the method
-
             self.units[type(agent).__name__] = unit
         if stepping:
             return self.agent.update

@@ -51,6 +51,7 @@ class Learner(nn.Module):
         self.optimizers: dict[str, torch.optim.Optimizer] = {}
         self.schedules: dict[str, int] = {}
         self.clips: dict[str, float] = {}
+        self.structure = 0  # grows whenever tensors may have been added or replaced
         self.live: dict[str, Tensor] | None = None  # set while a compiled unit is traced
         self.prefix = ""  # where this learner's tensors lie in `live`
         self._split: dict[tuple[str, ...], tuple[list[Tensor], list[Tensor]]] = {}
@@ -115,6 +116,7 @@ class Learner(nn.Module):
             if clip is not None:
                 self.clips[name] = clip
         self._split.clear()
+        self.structure += 1
 
     # ---- learning ----------------------------------------------------------------------------
 
@@ -132,9 +134,9 @@ class Learner(nn.Module):
 
         Args:
             names: submodule or submodules, each with an optimiser.
-            loss: a method of this agent returning (scalar, metrics).
+            loss: a method of this agent, or of one inside it, returning (scalar, metrics).
             data: its arguments; dicts of tensors and tensors carry the seed axis when S > 1.
-            transform: pure function on the dict of gradients, applied before clipping.
+            transform: pure function on the gradients by name, of one seed; before clipping.
 
         Returns:
             The loss's metrics, detached, on the device.
@@ -145,7 +147,7 @@ class Learner(nn.Module):
         own, rest = self._parameters_of(names)
         if self.seeds > 1:
             state = {k: v.detach() for k, v in [*self.named_parameters(), *self.named_buffers()]}
-            gradients, metrics = self._gradients(state, names, loss, data)
+            gradients, metrics = self._gradients(state, names, loss, data, transform)
         else:
             for p in own:
                 p.requires_grad_(True)
@@ -155,7 +157,9 @@ class Learner(nn.Module):
                 value, metrics = loss(*data)
             found = torch.autograd.grad(value, own, allow_unused=True, materialize_grads=True)
             gradients = dict(zip(self._names_of(names), found, strict=True))
-        gradients = self._processed(gradients, names, transform)
+            if transform is not None:
+                gradients = transform(gradients)
+        gradients = self._clipped(gradients, names)
         for p, g in zip(own, gradients.values(), strict=True):
             p.grad = g.contiguous()  # torch's fused CPU Adam ignores gradient strides
         for name in names:
@@ -170,7 +174,7 @@ class Learner(nn.Module):
             state = {k: v.detach() for k, v in [*self.named_parameters(), *self.named_buffers()]}
 
             def one(state: dict[str, Tensor], *data: Any) -> Any:
-                return functional_call(self, state, (fn.__name__, *data))
+                return functional_call(self, state, (fn, *data))
 
             axes = (0, *(0 if isinstance(x, Tensor | dict) else None for x in data))
             return vmap(one, in_dims=axes, randomness="different")(state, *data)
@@ -178,9 +182,9 @@ class Learner(nn.Module):
     def polyak(self, source: str, target: str, tau: float) -> None:
         """Target <- (1 - tau) target + tau source, over all parameters."""
         if self.live is not None:
-            into, start = self.prefix + target + ".", self.prefix + source + "."
-            for k in [k for k in self.live if k.startswith(into)]:
-                self.live[k] = torch.lerp(self.live[k], self.live[start + k[len(into) :]], tau)
+            for k, _ in self.get_submodule(target).named_parameters():
+                into, start = f"{self.prefix}{target}.{k}", f"{self.prefix}{source}.{k}"
+                self.live[into] = torch.lerp(self.live[into], self.live[start], tau)
             return
         with torch.no_grad():
             torch._foreach_lerp_(
@@ -189,9 +193,9 @@ class Learner(nn.Module):
                 tau,
             )
 
-    def forward(self, method: str, *data: Any) -> Any:
-        """Call a method by name: the door `functional_call` needs."""
-        return getattr(self, method)(*data)
+    def forward(self, fn: Callable[..., Any], *data: Any) -> Any:
+        """Call a method of this learner or of one inside it: the door `functional_call` needs."""
+        return fn(*data)
 
     def schedule(self) -> None:
         """Set this update's learning rates; called before each update, outside compiled units."""
@@ -224,7 +228,12 @@ class Learner(nn.Module):
         return self._split[names]
 
     def _gradients(
-        self, state: dict[str, Tensor], names: tuple[str, ...], loss: Loss, data: Sequence[Any]
+        self,
+        state: dict[str, Tensor],
+        names: tuple[str, ...],
+        loss: Loss,
+        data: Sequence[Any],
+        transform: Transform | None,
     ) -> tuple[Gradients, Metrics]:
         """Functional engine: gradients of the named submodules' tensors in `state`."""
         own = {k: state[k] for k in self._names_of(names)}
@@ -233,29 +242,27 @@ class Learner(nn.Module):
         def gradient(own: Gradients, rest: Gradients, *data: Any) -> tuple[Gradients, Metrics]:
             def value(own: Gradients) -> tuple[Tensor, Metrics]:
                 result: tuple[Tensor, Metrics] = functional_call(
-                    self, {**rest, **own}, (loss.__name__, *data)
+                    self, {**rest, **own}, (loss, *data)
                 )
                 return result
 
-            result: tuple[Gradients, Metrics] = grad(value, has_aux=True)(own)
-            return result
+            gradients, metrics = grad(value, has_aux=True)(own)
+            if transform is not None:  # sees one seed, and this seed's tensors of the agent
+                gradients = functional_call(self, {**rest, **own}, (transform, gradients))
+            return gradients, metrics
 
         if self.seeds > 1:
             axes = (0, 0, *(0 if isinstance(x, Tensor | dict) else None for x in data))
             return vmap(gradient, in_dims=axes, randomness="different")(own, rest, *data)
         return gradient(own, rest, *data)
 
-    def _processed(
-        self, gradients: Gradients, names: tuple[str, ...], transform: Transform | None
-    ) -> Gradients:
-        if transform is not None:
-            gradients = transform(gradients)
+    def _clipped(self, gradients: Gradients, names: tuple[str, ...]) -> Gradients:
         for name in names:
             if name not in self.clips:
                 continue
             mine = {k: g for k, g in gradients.items() if k.startswith(name + ".")}
             first = 1 if self.seeds > 1 else 0  # the norm is per seed
-            square = sum(g.square().flatten(first).sum(-1) for g in mine.values())
+            square = sum(g.square().reshape(*g.shape[:first], -1).sum(-1) for g in mine.values())
             scale = (self.clips[name] / (torch.as_tensor(square).sqrt() + 1e-6)).clamp(max=1.0)
             for k, g in mine.items():
                 gradients[k] = g * scale.reshape(scale.shape + (1,) * (g.dim() - scale.dim()))
@@ -272,8 +279,8 @@ class Learner(nn.Module):
         """`learn` on the tensor dict of a compiled unit: functional gradients, functional Adam."""
         start = len(self.prefix)
         state = {k[start:]: v for k, v in live.items() if k[0] != "@" and k.startswith(self.prefix)}
-        gradients, metrics = self._gradients(state, names, loss, data)
-        gradients = self._processed(gradients, names, transform)
+        gradients, metrics = self._gradients(state, names, loss, data, transform)
+        gradients = self._clipped(gradients, names)
         for name in names:
             key, group = self.prefix + name, self.optimizers[name].param_groups[0]
             (b1, b2), eps, decay = group["betas"], group["eps"], group["weight_decay"]
@@ -327,8 +334,6 @@ class Learner(nn.Module):
                 for step in others:
                     step.copy_(first)
 
-    # ---- state, device, seeds ----------------------------------------------------------------
-
     # ---- device and seeds --------------------------------------------------------------------
 
     def place(self, device: torch.device | str) -> Self:
@@ -340,6 +345,7 @@ class Learner(nn.Module):
                 group["lr"] = group["lr"].to(device)
                 for moments in optimizer.state.values():
                     moments.update({k: v.to(device) for k, v in moments.items()})
+            agent.structure += 1
         return self
 
     @classmethod
@@ -354,6 +360,7 @@ class Learner(nn.Module):
 
     def select(self, seed: int) -> Self:
         """The `seed`-th of the stacked agents, alone."""
+        self.sync_steps()
         out = copy.deepcopy(self)
         if self.seeds > 1:
             with torch.no_grad():

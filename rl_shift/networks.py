@@ -116,7 +116,7 @@ class GaussianActor(DeterministicActor):
         self.log_std_range = log_std_range
 
     def log_prob(self, obs: Tensor, action: Tensor, drop: bool = False) -> Tensor:
-        """Log N(action; mean, std) summed over action dimensions, (B,)."""
+        """Log of N(action; mean, std) summed over action dimensions, (B,)."""
         log_std = self.log_std.clamp(*self.log_std_range)
         z = (action - self(obs, drop)) / log_std.exp()
         return -(0.5 * z.square() + log_std + 0.5 * LOG_2PI).sum(-1)
@@ -197,7 +197,7 @@ class Normalizer(nn.Module):
     def forward(self, obs: Tensor) -> Tensor:
         """(B, obs) raw -> (B, obs) normalised."""
         if not obs.dtype.is_floating_point:
-            return obs.float() * self.scale
+            return obs.to(self.mean.dtype) * self.scale
         mean, std = self.mean, self.std
         if mean.dim() > self.rank:  # stacked seeds, outside `learn`: (S, obs) against (S, B, obs)
             between = (1,) * (obs.dim() - mean.dim())

@@ -62,7 +62,7 @@ def record_replay(
         "env_id": task.env,
         "origin": origin,
         "agent": run.agent_name,
-        "env_steps": task.env_steps,
+        "env_steps": state["clock"]["total_env_steps"],
         "seed": run.seed,
         "rl_shift": __version__,
     }

@@ -73,6 +73,7 @@ class Trainer:
         self.log, self.save, self.tick, self.evaluated = log, save, tick, evaluated
         self.clock = Clock()
         self.evaluations: list[dict[str, Any]] = []
+        self.score: float | None = None  # mean over seeds of the last evaluation that has one
         self.seconds = 0.0  # spent in updates and interaction, evaluation excluded
         self.buffer: Buffer  # the task's data, or its ring where it has none
         self.ring: Buffer | None = None
@@ -180,7 +181,6 @@ class Trainer:
         def due(every: int) -> bool:
             return every > 0 and position // every > (position - step) // every
 
-        score = None
         if due(config.log_every):
             self._log(stage)
         if stage.counted and due(config.eval_every):
@@ -190,9 +190,7 @@ class Trainer:
             raise KeyboardInterrupt
         if due(config.save_every):
             self._save()
-        if self.evaluations and self.evaluations[-1]["score"] is not None:
-            score = float(np.mean(self.evaluations[-1]["score"]))
-        self.tick(self.clock, stage, score)
+        self.tick(self.clock, stage, self.score)
 
     def _stop_watch(self) -> None:
         """Add the time since the stopwatch was last read to `seconds`."""
@@ -272,7 +270,7 @@ class Trainer:
             values = {f"{tag}/mean_reward": float(result.returns.mean())}
             values[f"{tag}/mean_ep_length"] = float(result.lengths.mean())
             if score is not None:
-                values[f"{tag}/normalized_score"] = float(np.mean(score))
+                self.score = values[f"{tag}/normalized_score"] = float(np.mean(score))
             self.log(clock, values)
         self.evaluated(self.evaluations)
         self._since = time.perf_counter()
@@ -340,6 +338,8 @@ class Trainer:
         """Continue where `state` was taken, once `run` is called."""
         self.clock = Clock(**state["clock"])
         self.evaluations = list(state["evaluations"])
+        scores = [e["score"] for e in self.evaluations if e["score"] is not None]
+        self.score = float(np.mean(scores[-1])) if scores else None
         self.seconds = state["seconds"]
         self._rollouts.extend((r[0], r[1]) for r in state["rollouts"])
         self.agent.load_state(state["agent"])

@@ -54,9 +54,9 @@ class PlainArrays:
 
     def normalize(self, eps: float = 1e-3) -> None:
         """Shift and scale both observation arrays by the statistics of the first."""
-        mean, std = self.obs.mean(0), self.obs.std(0) + eps
-        self.obs = (self.obs - mean) / std
-        self.next_obs = (self.next_obs - mean) / std
+        self.mean, self.std = self.obs.mean(0), self.obs.std(0) + eps
+        self.obs = (self.obs - self.mean) / self.std
+        self.next_obs = (self.next_obs - self.mean) / self.std
 
     def sample(self, batch_size: int) -> PlainBatch:
         """Draw uniformly with replacement."""
@@ -199,8 +199,9 @@ class PlainTD3BC:
 
     @torch.no_grad()
     def act(self, obs: np.ndarray) -> np.ndarray:
-        """(obs,) -> (act,)."""
-        return self.actor(torch.from_numpy(obs).reshape(1, -1)).numpy().flatten()
+        """Normalised (obs,) -> (act,)."""
+        state = torch.tensor(obs.reshape(1, -1), dtype=torch.float32)
+        return self.actor(state).cpu().numpy().flatten()
 
 
 class PlainIQL:
@@ -263,13 +264,17 @@ class PlainIQL:
 
     @torch.no_grad()
     def act(self, obs: np.ndarray) -> np.ndarray:
-        """(obs,) -> (act,), the mean action."""
-        mean = self.actor(torch.from_numpy(obs).reshape(1, -1)).mean
-        return mean.clamp(-1.0, 1.0).numpy().flatten()
+        """Normalised (obs,) -> (act,), the mean action."""
+        state = torch.tensor(obs.reshape(1, -1), dtype=torch.float32)
+        return self.actor(state).mean.clamp(-1.0, 1.0).cpu().numpy().flatten()
 
 
 def plain_returns(
-    env: Any, act: Callable[[np.ndarray], np.ndarray], seeds: Sequence[int]
+    env: Any,
+    act: Callable[[np.ndarray], np.ndarray],
+    seeds: Sequence[int],
+    mean: np.ndarray,
+    std: np.ndarray,
 ) -> np.ndarray:
     """Undiscounted returns (E,) of one episode per seed, one environment, one step at a time."""
     returns = []
@@ -277,7 +282,7 @@ def plain_returns(
         obs, _ = env.reset(seed=seed)
         total, over = 0.0, False
         while not over:
-            obs, reward, terminated, truncated, _ = env.step(act(np.asarray(obs, np.float32)))
+            obs, reward, terminated, truncated, _ = env.step(act((obs - mean) / std))
             total, over = total + float(reward), terminated or truncated
         returns.append(total)
     return np.array(returns)

@@ -7,6 +7,8 @@ parameters from the same initial networks, batches and noise.
 from __future__ import annotations
 
 import multiprocessing
+import os
+import queue
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -118,22 +120,29 @@ def make_arrays(rows: int, seed: int = 0) -> dict[str, np.ndarray]:
     }
 
 
-def make_agent(name: str, arrays: dict[str, np.ndarray], seed: int = 0) -> Agent:
-    """Our agent with default hyper-parameters, its normaliser fitted to the data."""
+def make_agent(
+    name: str,
+    arrays: dict[str, np.ndarray] | None,
+    seed: int = 0,
+    dims: tuple[int, int] = (OBS, ACTION),
+) -> Agent:
+    """Our agent with default hyper-parameters, its normaliser fitted to the data if given."""
     kind = agents.get(name)
     torch.manual_seed(seed)
-    spaces = Box(-np.inf, np.inf, (OBS,), np.float32), Box(-1, 1, (ACTION,), np.float32)
+    spaces = Box(-np.inf, np.inf, (dims[0],), np.float32), Box(-1, 1, (dims[1],), np.float32)
     agent = kind(*spaces, kind.Config())
-    if agent.config.normalize:
+    if arrays is not None and agent.config.normalize:
         mean, std = arrays["obs"].mean(0), arrays["obs"].std(0)
         agent.normalizer.fit(torch.from_numpy(mean), torch.from_numpy(std))
     return agent
 
 
-def make_reference(name: str, seed: int = 0) -> PlainTD3BC | PlainIQL:
+def make_reference(
+    name: str, seed: int = 0, dims: tuple[int, int] = (OBS, ACTION)
+) -> PlainTD3BC | PlainIQL:
     """A plain learner with networks of its own."""
     torch.manual_seed(seed)
-    return PROBLEMS[name].reference(OBS, ACTION)
+    return PROBLEMS[name].reference(*dims)
 
 
 def make_plain_arrays(arrays: dict[str, np.ndarray], seed: int = 0) -> PlainArrays:
@@ -366,11 +375,9 @@ def seeds_section(
     say = progress or (lambda text: None)
     context = multiprocessing.get_context("spawn")
     meet, out = context.Barrier(processes), context.Queue()
-    cpus: list[int | None] = [None] * processes
-    if hasattr(multiprocessing.os, "sched_getaffinity"):
-        allowed = sorted(multiprocessing.os.sched_getaffinity(0))
-        if len(allowed) >= processes:
-            cpus = list(allowed[:processes])
+    allowed: list[int | None] = [None] * processes
+    if hasattr(os, "sched_getaffinity"):
+        allowed = [*sorted(os.sched_getaffinity(0)), *allowed]
     options = {
         "name": name,
         "rows": rows,
@@ -385,14 +392,21 @@ def seeds_section(
         workers.append(
             context.Process(
                 target=_seed_worker,
-                args=(number, cpus[number], tuple(seeds), options, meet, out),
+                args=(number, allowed[number], tuple(seeds), options, meet, out),
                 daemon=True,
             )
         )
     say(f"seeds {name}: {processes} processes of {seeds_each} seeds are compiling")
     for worker in workers:
         worker.start()
-    results = [out.get() for _ in workers]
+    results: list[Any] = []
+    while len(results) < processes:
+        try:
+            results.append(out.get(timeout=5))
+        except queue.Empty:
+            if any(worker.exitcode not in (None, 0) for worker in workers):
+                meet.abort()
+                raise RuntimeError("a process of the section `seeds` failed (see above)") from None
     for worker in workers:
         worker.join()
     described = results[0][1]

@@ -127,7 +127,7 @@ def differences(a: Any, b: Any, path: str = "") -> Iterator[str]:
     if isinstance(a, dict) and isinstance(b, dict):
         for key in a.keys() | b.keys():
             # Gymnasium seeds an environment's spaces from the system; nobody draws from them.
-            if key != "observation_space" or "/envs/" not in path:
+            if "/envs/" not in path or not str(key).endswith("observation_space"):
                 yield from differences(a.get(key), b.get(key), f"{path}/{key}")
     elif isinstance(a, list | tuple) and isinstance(b, list | tuple) and len(a) == len(b):
         for i, pair in enumerate(zip(a, b, strict=True)):

@@ -433,7 +433,7 @@ def test_learn_changes_what_it_names_and_polyak_its_target_and_nothing_else_chan
                 assert_equal(last, before)  # since the last call nothing has changed
             result = original(self, *args, **kwargs)
             after = current()
-            prefix = next(p for p, a in agent._prefixed() if a is self)
+            prefix = next(p for p, a in agent.prefixed() if a is self)
             changing = tuple(f"{prefix}{n}." for n in declared(*args))
             changed = {k for k, v in after.items() if not torch.equal(v, before[k])}
             assert changed <= {k for k in after if k.startswith(changing)}
@@ -452,7 +452,7 @@ def test_learn_changes_what_it_names_and_polyak_its_target_and_nothing_else_chan
     learn(agent, on, data, 2 * agent.delay, mode)
     assert calls["learn"] > 0
     assert_equal(last, snapshot(agent))
-    learnt = {p + n for p, a in agent._prefixed() for n in a.optimizers}
+    learnt = {p + n for p, a in agent.prefixed() for n in a.optimizers}
     for key in start:
         owned = any(key.startswith(n + ".") for n in learnt)
         if owned and seeds == 1 and mode == "off":

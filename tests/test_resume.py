@@ -95,6 +95,38 @@ class Prepared(Agent):
 PREPARED = f"{__name__}:Prepared"
 
 
+class Headed(Agent):
+    """Clones actions with a head per task on a shared trunk."""
+
+    Config = Prepared.Config
+
+    def __init__(self, observation_space: Any, action_space: Any, config: Any) -> None:
+        super().__init__(observation_space, action_space, config)
+        self.trunk = MLP(observation_space.shape[0], config.hidden, 6)
+        self.heads = torch.nn.ModuleList()
+        self.optimizer("trunk", lr=1e-2)
+        self.head = 0
+
+    def build(self, task: Any) -> None:
+        self.heads.append(MLP(6, (5,), task.action_space.shape[0]))
+        self.head = len(self.heads) - 1
+        self.optimizer(f"heads.{self.head}", lr=1e-2)
+
+    def focus(self, task: Any) -> None:
+        self.head = [begun.name for begun in self.begun].index(task.name)
+
+    def loss(self, batch: Any) -> Any:
+        loss = (self.act(batch["obs"], False) - batch["action"]).square().mean()
+        return loss, {"loss": loss}
+
+    def act(self, obs: Any, explore: bool) -> Any:
+        return self.heads[self.head](self.trunk(obs))
+
+    def update(self, batch: Any) -> Any:
+        names = ("trunk", f"heads.{self.head}") if self.head == 0 else f"heads.{self.head}"
+        return self.learn(names, self.loss, batch)
+
+
 class Killed(BaseException):
     """Ends a process' training like SIGKILL would, without ending the process."""
 
@@ -129,8 +161,8 @@ def assert_same_run(whole: Path, resumed: Path, extended: bool = False) -> None:
         del state["seconds"], state["wall_s"]
         if extended:  # the agent remembers the budget with which it began
             del state["agent"]["agents"][""]["begun"][0]["updates"]
-        if state["collector"] is not None:  # Gymnasium seeds unused spaces from the system
-            forget(state["collector"]["envs"], "observation_space")
+        if state["collector"] is not None:
+            forget_spaces(state["collector"]["envs"])
     assert_equal(*states)
     logs = [
         [
@@ -150,11 +182,13 @@ def assert_same_run(whole: Path, resumed: Path, extended: bool = False) -> None:
     assert results[0]["status"] == "finished"
 
 
-def forget(nested: Any, name: str) -> None:
+def forget_spaces(nested: Any) -> None:
+    """Gymnasium seeds an environment's spaces from the system; nobody draws from them."""
     if isinstance(nested, dict):
-        nested.pop(name, None)
+        for key in [key for key in nested if str(key).endswith("observation_space")]:
+            del nested[key]
         for value in nested.values():
-            forget(value, name)
+            forget_spaces(value)
 
 
 def assert_equal(a: Any, b: Any, path: str = "") -> None:
@@ -239,6 +273,23 @@ def test_inside_every_stage_of_two_tasks(
     assert_same_run(tmp_path / "whole", tmp_path / "killed")
 
 
+def test_heads_of_earlier_tasks_are_built_again(datasets: list[str], tmp_path: Path) -> None:
+    tasks = {f"tasks.{k}.dataset": datasets[k] for k in (0, 1)}
+    tasks |= {f"tasks.{k}.updates": 8 for k in (0, 1)}
+    agent = f"{__name__}:Headed"
+    train(tmp_path / "whole", agent, **tasks)
+    train_and_kill(tmp_path / "killed", 15, agent, **tasks)
+    before = newest(tmp_path / "killed")["agent"]["module"]
+    runs.resume(tmp_path / "killed", progress=False)
+    assert_same_run(tmp_path / "whole", tmp_path / "killed")
+    after = newest(tmp_path / "killed")["agent"]["module"]
+    kept = {name for name in before if torch.equal(before[name], after[name])}
+    assert all((name in kept) == (not name.startswith("heads.1.")) for name in before)
+    results = json.loads((tmp_path / "whole" / "results.json").read_text())
+    row = {e["task"]: e["returns"] for e in results["evaluations"] if e["during"] == 1}
+    assert row[0] != row[1]  # the same initial states, each task with its own head
+
+
 def test_kill_after_kill(datasets: list[str], tmp_path: Path) -> None:
     task = {"tasks.0.dataset": datasets[0], "tasks.0.updates": 12, "save_every": 2}
     train(tmp_path / "whole", "td3_bc", **task)
@@ -263,20 +314,11 @@ def test_kill_after_kill(datasets: list[str], tmp_path: Path) -> None:
 def test_sigkill_at_random_times_through_the_command_line(tmp_path: Path) -> None:
     """The short form of `scripts/kill_test.py`."""
     data = record(["random"], "Pendulum-v1", 400, tmp_path / "data.hdf5", lanes=2)
-    arguments = [
-        "--dataset",
-        str(data),
-        "--agent.hidden",
-        "[8]",
-        "--agent.batch_size",
-        "8",
-        "--eval-episodes",
-        "2",
-    ]
+    small = ["--agent.hidden", "[8]", "--agent.batch_size", "8", "--eval-episodes", "2"]
+    budget = ["--updates", "100", "--save-every", "2"]
     script = load_script("kill_test")
-    outcome = script.kill_test(
-        ["td3_bc", *arguments, "--updates", "100", "--save-every", "2"], tmp_path, kills=2, seed=2
-    )
+    arguments = ["td3_bc", "--dataset", str(data), *small, *budget]
+    outcome = script.kill_test(arguments, tmp_path, kills=2, seed=2)
     assert len(outcome.kills) == 2
     assert outcome.differences == []
 
