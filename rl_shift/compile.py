@@ -218,7 +218,7 @@ class Updater:
         try:
             try:
                 metrics = self._run(batch)
-            except torch._dynamo.exc.TorchDynamoException as error:
+            except torch._dynamo.exc.TorchDynamoException as error:  # pyright: ignore
                 if self.mode == "off":
                     raise
                 # Raised while tracing, before any tensor was touched: the batch can be used again.

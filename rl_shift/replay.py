@@ -54,7 +54,8 @@ def record_replay(
         chosen = np.unique(np.floor(np.arange(0, len(ends), every)).astype(int))
     if not len(chosen):
         raise UserError(f"no episode of {run_dir} fits into {rows} rows: raise the number")
-    index = np.concatenate([np.arange(starts[e], ends[e]) for e in chosen])
+    spans = zip(starts[chosen].tolist(), ends[chosen].tolist(), strict=True)
+    index = np.concatenate([np.arange(a, b) for a, b in spans])
     env = make_env(task.env)
     horizon = env.spec.max_episode_steps if env.spec is not None else None
     env.close()
