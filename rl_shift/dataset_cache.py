@@ -129,11 +129,15 @@ def _fingerprint(path: Path) -> list[Any]:
 
 
 def _place(path: Path, ending: str) -> Path:
-    """Where a cache file of `path` lies: beside it, or in the user's cache folder."""
+    """Where a cache file of `path` lies: beside it, or in the user's cache folder.
+
+    The installed package counts as read-only: a dataset that comes with it leaves no files there.
+    """
     folder = path.resolve().parent
     # Mode bits as well as access: a superuser may write anywhere, yet read-only is meant so.
     writable = bool(folder.stat().st_mode & (stat.S_IWUSR | stat.S_IWGRP | stat.S_IWOTH))
-    if writable and os.access(folder, os.W_OK):
+    package = Path(__file__).resolve().parent
+    if writable and folder != package and os.access(folder, os.W_OK):
         return folder / f"{path.name}.{ending}"
     base = os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"
     crc = zlib.crc32(str(folder).encode())

@@ -16,6 +16,7 @@ from rl_shift.report_runs import Run
 from rl_shift.report_statistics import Aggregate, bootstrapped, improvement
 
 UNFINISHED = "†"
+FEW = 5  # seeds; bootstrap intervals of fewer cover clearly less than 95 %
 
 
 def overview(section: Section) -> Table:
@@ -103,6 +104,9 @@ def aggregates(section: Section, found: Aggregate, baseline: str | None) -> Tabl
         f"({', '.join(found.rows)}), with stratified bootstrap 95 % intervals. IQM: mean of the "
         "middle half of all runs. Optimality gap: mean shortfall from 100, lower is better."
     )
+    few = [len(scores) for scores in found.scores.values() if 1 < len(scores) < FEW]
+    if few:
+        caption += f" With {min(few)} seeds to redraw from, these intervals are too narrow."
     return Table(caption.replace("over 1 common datasets", "over 1 common dataset"), head, rows)
 
 

@@ -1,3 +1,4 @@
+#!/usr/bin/env python
 """Reproduce the tables of RESULTS.md: data, training, final evaluations and the report.
 
     scripts/reproduce.py baselines --sets hopper-medium --agents bc --seeds 1

@@ -434,6 +434,7 @@ def test_the_report_is_complete_and_self_contained(capsys: Told) -> None:
         f"## {ORIGIN}",
         "not with published D4RL results",
         "P(better than b)",
+        "With 3 seeds to redraw from, these intervals are too narrow",
         "![Learning curves: mean over the seeds",
         "| a | 2 | 6 | 12 | 03:00 | off | highest | 1 | cpu |",
         "| git | 0123456789ab |",
