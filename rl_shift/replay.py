@@ -45,15 +45,19 @@ def record_replay(
     buffer.load_state(state["ring"])
     data = _episodes_in_order(buffer)
     ends = np.flatnonzero(data["terminated"] | data["truncated"]) + 1
+    if not len(ends):
+        raise UserError(
+            f"the replay buffer of {run_dir} holds no finished episode: train it longer"
+        )
     starts = np.concatenate([[0], ends[:-1]])
     lengths = ends - starts
     every = max(1.0, lengths.sum() / rows)
-    chosen = np.unique(np.floor(np.arange(0, len(ends), every)).astype(int))
-    while len(chosen) and lengths[chosen].sum() > rows:  # long episodes come late
-        every *= 1.02
+    chosen = np.arange(len(ends))
+    while lengths[chosen].sum() > rows:  # long episodes come late
         chosen = np.unique(np.floor(np.arange(0, len(ends), every)).astype(int))
-    if not len(chosen):
-        raise UserError(f"no episode of {run_dir} fits into {rows} rows: raise the number")
+        every *= 1.02
+        if len(chosen) == 1 and lengths[chosen].sum() > rows:
+            raise UserError(f"no episode of {run_dir} fits into {rows} rows: raise the number")
     spans = zip(starts[chosen].tolist(), ends[chosen].tolist(), strict=True)
     index = np.concatenate([np.arange(a, b) for a, b in spans])
     env = make_env(task.env)
