@@ -222,7 +222,7 @@ class Updater:
                 if self.mode == "off":
                     raise
                 # Raised while tracing, before any tensor was touched: the batch can be used again.
-                reason = str(error).strip().splitlines()[0]
+                reason = " ".join(str(error).strip().splitlines()[:2]).strip()
                 log.warning("this update cannot be compiled (%s): using compile=off", reason)
                 self.agent.sync_steps()
                 for unit in self.units.values():

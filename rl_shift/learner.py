@@ -155,7 +155,10 @@ class Learner(nn.Module):
                 p.requires_grad_(False)
             with torch.enable_grad():
                 value, metrics = loss(*data)
-            found = torch.autograd.grad(value, own, allow_unused=True, materialize_grads=True)
+            if value.requires_grad:
+                found = torch.autograd.grad(value, own, allow_unused=True, materialize_grads=True)
+            else:  # it uses none of them
+                found = tuple(torch.zeros_like(p, requires_grad=False) for p in own)
             gradients = dict(zip(self._names_of(names), found, strict=True))
             if transform is not None:
                 gradients = transform(gradients)
@@ -298,7 +301,7 @@ class Learner(nn.Module):
                 g, full = gradients[k], self.prefix + k
                 m = torch.lerp(live["@m." + full], g, 1 - b1)
                 v = live["@v." + full] * b2 + g * g * (1 - b2)
-                p = live[full] * (1 - lr * decay) if decay else live[full]
+                p = live[full] - (lr * decay) * live[full] if decay else live[full]
                 live["@m." + full], live["@v." + full] = m, v
                 live[full] = p - rate * m / (v.sqrt() * scale + eps)
         return metrics
