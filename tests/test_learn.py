@@ -259,7 +259,7 @@ class Masked(Toy):
         norm = sum(g.square().sum() for g in gradients.values()).sqrt()
         gradients = {k: g / norm for k, g in gradients.items()}
         key = "actor.layers.0.weight"
-        return gradients | {key: gradients[key] * self.mask}
+        return gradients | {key: gradients[key] * self.mask}  # pyright: ignore[reportOperatorIssue]
 
     def update(self, batch: Batch) -> Metrics:
         return self.learn("actor", self.actor_loss, batch, transform=self.masked)
@@ -686,7 +686,7 @@ def test_stacking_and_selecting_are_inverse() -> None:
         one = stacked.select(k)
         assert one.seeds == 1
         assert_close(one.tensors(), agent.tensors(), 0.0)
-    train(one, batches(1))  # it is an agent like any other
+    train(stacked.select(0), batches(1))  # it is an agent like any other
     assert_close(stacked.select(2).tensors(), separate[2].tensors(), 0.0)
 
 
