@@ -98,7 +98,7 @@ def test_only_the_actors_rate_decays_to_zero() -> None:
 
 def test_dropout_is_for_the_actors_loss_alone() -> None:
     agent, batch = agent_of(dropout=0.5), batch_of()
-    losses = {float(agent.actor_loss(batch)[0]) for _ in range(4)}
+    losses = {agent.actor_loss(batch)[0].item() for _ in range(4)}
     assert len(losses) > 1
     acts = [agent.act(batch["obs"], False) for _ in range(3)]
     assert torch.equal(acts[0], acts[1]) and torch.equal(acts[1], acts[2])
