@@ -150,7 +150,7 @@ class Learner(nn.Module):
             return self._learn_traced(self.live, names, loss, data, transform)
         own, rest = self._parameters_of(names)
         if self.seeds > 1:
-            state = {k: v.detach() for k, v in [*self.named_parameters(), *self.named_buffers()]}
+            state = self._values(None)
             gradients, metrics = self._gradients(state, names, loss, data, transform)
         else:
             for p in own:
@@ -174,11 +174,16 @@ class Learner(nn.Module):
         return {k: v.detach() for k, v in metrics.items()}
 
     def run(self, fn: Callable[..., Any], *data: Any) -> Any:
-        """`fn(*data)` without gradients; maps over the seed axis of tensors when S > 1."""
+        """`fn(*data)` without gradients; maps over the seed axis of tensors when S > 1.
+
+        Inside an `update` it sees what the update has changed so far, compiled or not.
+        """
         with torch.no_grad():
-            if self.seeds == 1:
+            if self.seeds == 1 and self.live is None:
                 return fn(*data)
-            state = {k: v.detach() for k, v in [*self.named_parameters(), *self.named_buffers()]}
+            state = self._values(self.live)
+            if self.seeds == 1:
+                return functional_call(self, state, (fn, *data))
 
             def one(state: dict[str, Tensor], *data: Any) -> Any:
                 return functional_call(self, state, (fn, *data))
@@ -225,6 +230,13 @@ class Learner(nn.Module):
         return (m for m in self.modules() if isinstance(m, Learner))
 
     # ---- engines -----------------------------------------------------------------------------
+
+    def _values(self, live: dict[str, Tensor] | None) -> dict[str, Tensor]:
+        """Parameters and buffers by name: the module's own, or those in a traced unit's dict."""
+        if live is None:
+            return {k: v.detach() for k, v in [*self.named_parameters(), *self.named_buffers()]}
+        start = len(self.prefix)
+        return {k[start:]: v for k, v in live.items() if k[0] != "@" and k.startswith(self.prefix)}
 
     def _names_of(self, names: tuple[str, ...]) -> list[str]:
         return [f"{n}.{k}" for n in names for k, _ in self.get_submodule(n).named_parameters()]
@@ -286,8 +298,7 @@ class Learner(nn.Module):
         transform: Transform | None,
     ) -> Metrics:
         """`learn` on the tensor dict of a compiled unit: functional gradients, functional Adam."""
-        start = len(self.prefix)
-        state = {k[start:]: v for k, v in live.items() if k[0] != "@" and k.startswith(self.prefix)}
+        state = self._values(live)
         gradients, metrics = self._gradients(state, names, loss, data, transform)
         gradients = self._clipped(gradients, names)
         for name in names:

@@ -23,7 +23,7 @@ from gymnasium.spaces import Box, Space
 from rl_shift import agents, checkpoint, config, datasets, envs, seeding, separate_seeds
 from rl_shift.agent import Agent, Stage, Wrapper
 from rl_shift.config import RunConfig, Task
-from rl_shift.errors import UserError
+from rl_shift.errors import TrainingDiverged, UserError
 from rl_shift.evaluation import normalized_score
 from rl_shift.launcher import LOG
 from rl_shift.loggers import Loggers, Progress
@@ -53,6 +53,8 @@ def train(run: RunConfig, progress: bool = True) -> Path:
         _prepare(folder, run)
         with checkpoint.Lock(folder):
             _run(agent, tasks, run, folder, progress)
+    except TrainingDiverged:
+        raise  # its logs say how it went
     except UserError:
         if fresh and not (folder / "checkpoints").is_dir():
             shutil.rmtree(folder, ignore_errors=True)
@@ -367,8 +369,7 @@ def _run(
     finally:
         bar.close()
         loggers.close()
-        if status == "finished" or (folder / "checkpoints").is_dir():
-            results(status)
+        results(status)
         for warning in trainer.warnings:
             print(f"note: {warning}")
 
