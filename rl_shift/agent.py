@@ -11,7 +11,7 @@ from __future__ import annotations
 import math
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, ClassVar, Self
+from typing import TYPE_CHECKING, Any, ClassVar
 
 import torch
 from gymnasium.spaces import Box, Space
@@ -154,7 +154,7 @@ class Agent(Learner):
     def load_extra_state(self, extra: dict[str, Any]) -> None:
         """Take back what `extra_state` gave."""
 
-    def reuse(self, field: str, source: Self) -> None:
+    def reuse(self, field: str, source: Agent) -> None:
         """Take the submodules that `reusable` lists for `field`, buffers included, from `source`.
 
         Called once, before a run starts; a resumed run finds them in its own checkpoint. Override
