@@ -313,6 +313,18 @@ def test_a_diverging_run_stops_and_keeps_the_last_good_checkpoint(
     assert results["evaluations"] == []  # a policy of NaNs is not played
 
 
+def test_a_run_that_diverges_before_its_first_checkpoint_keeps_its_logs(
+    datasets: list[str], tmp_path: Path
+) -> None:
+    folder = tmp_path / "run"
+    task = {"tasks.0.dataset": datasets[0], "tasks.0.updates": 20, "run_dir": str(folder)}
+    run = config.make(PREPARED, overrides=FEW | task | {"agent.explode_after": 11, "log_every": 2})
+    with pytest.raises(TrainingDiverged):
+        runs.train(run, progress=False)
+    assert (folder / "metrics.jsonl").read_text()
+    assert json.loads((folder / "results.json").read_text())["status"] == "failed"
+
+
 def test_a_logged_value_that_is_not_finite_is_named(datasets: list[str]) -> None:
     task = {"tasks.0.dataset": datasets[0], "tasks.0.updates": 20}
     with pytest.raises(TrainingDiverged, match="actor/loss is not finite after 12 updates"):
