@@ -64,8 +64,8 @@ def evaluate(argv: list[str]) -> int:
     for change, results in variants:
         for task, result in results:
             print(_line(task, result, change))
-            for line in _details(task, result, risk=settings.compare is not None):
-                print(f"  {line}")
+            for detail in _details(task, result, risk=settings.compare is not None):
+                print(f"  {detail}")
     pairs = [paired(variants[0], later) for later in variants[1:]]
     for line in [line for pair in pairs for line in pair]:
         print(line["text"])
