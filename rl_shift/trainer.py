@@ -157,9 +157,18 @@ class Trainer:
             while self.clock.updates < stage.updates:
                 self._update(self.buffer, stage)
                 self.clock.updates += 1
+                if self._converged(stage):
+                    self.clock.updates = stage.updates
                 self._after(stage, self.clock.updates, 1)
                 yield self.clock
         self._stop_watch()
+
+    def _converged(self, stage: Stage) -> bool:
+        """What the agent says, where the stage asks for a check here."""
+        done, every = self.clock.updates, stage.check_every
+        if not every or (done % every and done < stage.updates):
+            return False
+        return self.agent.check(stage, done, self.buffer)
 
     def _interact(self, task: Task, stage: Stage) -> Iterator[Clock]:
         agent, clock, collector = self.agent, self.clock, self.collector
