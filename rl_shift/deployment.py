@@ -127,7 +127,7 @@ class TrainedPolicy:
 
     def _rows(self, observation: Any) -> tuple[np.ndarray[Any, Any], bool]:
         """(N, ...) rows as the agent was trained on, and whether there was but one, without N."""
-        wanted: tuple[int, ...] = self.agent.observation_space.shape or ()
+        wanted = tuple(self.agent.observation_space.shape or ())
         if isinstance(observation, Mapping):
             rows = _flattened(self.observation_space, observation)
         else:
