@@ -72,7 +72,9 @@ def line(tmp_path_factory: pytest.TempPathFactory) -> str:
     return str(write_hdf5(path, arrays, {"env_id": ENV, "horizon": 10}))
 
 
-SETTINGS = {"discount": DISCOUNT, "hidden": [32], "batch_size": 64, "learning_rate": 3e-3}
+SETTINGS = {
+    "discount": DISCOUNT, "hidden": [32], "batch_size": 64, "learning_rate": 3e-3, "tau": 0.2,
+}  # fmt: skip
 
 
 def test_the_value_of_a_constant_policy_is_a_geometric_sum(line: str, tmp_path: Path) -> None:
