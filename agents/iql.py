@@ -63,10 +63,13 @@ class IQL(Agent):
             schedule_updates=config.schedule_updates,
         )
 
+    def target_q(self, batch: Batch) -> Tensor:
+        """min_i Q'_i(s, a), (B,): the same for value and actor, so `update` asks once."""
+        return self.target_critic(batch["obs"], batch["action"]).amin(0)
+
     def advantage(self, batch: Batch) -> Tensor:
         """Advantage u = min_i Q'_i(s, a) - V(s), (B,)."""
-        q = self.target_critic(batch["obs"], batch["action"]).amin(0)
-        return q - self.value(batch["obs"])
+        return batch["target_q"] - self.value(batch["obs"])
 
     def value_loss(self, batch: Batch) -> tuple[Tensor, Metrics]:
         """Expectile regression."""
@@ -103,6 +106,7 @@ class IQL(Agent):
     def update(self, batch: Batch) -> Metrics:
         """Actor, critic, value (CORL), or value, actor, critic (official); then the target."""
         batch = self.normalizer.batch(batch)
+        batch["target_q"] = self.run(self.target_q, batch)
         official = self.config.variant == "official"
         metrics = self.learn("value", self.value_loss, batch) if official else {}
         metrics |= self.learn("actor", self.actor_loss, batch)

@@ -41,6 +41,7 @@ class Learner(nn.Module):
         updates: calls of `update` so far.
         delay: `update` may read `updates` modulo this number and nothing else of it.
         stage: name of the current `Stage`.
+        frozen: part of a finished agent that another one holds: none of its tensors changes.
     """
 
     delay: int = 1
@@ -48,6 +49,7 @@ class Learner(nn.Module):
     def __init__(self) -> None:
         super().__init__()
         self.seeds, self.updates, self.stage, self.ran = 1, 0, "", False
+        self.frozen = False
         self.optimizers: dict[str, torch.optim.Optimizer] = {}
         self.schedules: dict[str, int] = {}
         self.clips: dict[str, float] = {}
@@ -141,12 +143,14 @@ class Learner(nn.Module):
         Returns:
             The loss's metrics, detached, on the device.
         """
+        if self.frozen:
+            raise RuntimeError(f"{type(self).__name__} is frozen: it comes from a finished run")
         names = (names,) if isinstance(names, str) else names
         if self.live is not None:
             return self._learn_traced(self.live, names, loss, data, transform)
         own, rest = self._parameters_of(names)
         if self.seeds > 1:
-            state = {k: v.detach() for k, v in [*self.named_parameters(), *self.named_buffers()]}
+            state = self._values(None)
             gradients, metrics = self._gradients(state, names, loss, data, transform)
         else:
             for p in own:
@@ -170,11 +174,16 @@ class Learner(nn.Module):
         return {k: v.detach() for k, v in metrics.items()}
 
     def run(self, fn: Callable[..., Any], *data: Any) -> Any:
-        """`fn(*data)` without gradients; maps over the seed axis of tensors when S > 1."""
+        """`fn(*data)` without gradients; maps over the seed axis of tensors when S > 1.
+
+        Inside an `update` it sees what the update has changed so far, compiled or not.
+        """
         with torch.no_grad():
-            if self.seeds == 1:
+            if self.seeds == 1 and self.live is None:
                 return fn(*data)
-            state = {k: v.detach() for k, v in [*self.named_parameters(), *self.named_buffers()]}
+            state = self._values(self.live)
+            if self.seeds == 1:
+                return functional_call(self, state, (fn, *data))
 
             def one(state: dict[str, Tensor], *data: Any) -> Any:
                 return functional_call(self, state, (fn, *data))
@@ -203,6 +212,8 @@ class Learner(nn.Module):
     def schedule(self) -> None:
         """Set this update's learning rates; called before each update, outside compiled units."""
         for agent in self.contained():
+            if agent.frozen:
+                continue
             for name, total in agent.schedules.items():
                 group = agent.optimizers[name].param_groups[0]
                 progress = min(agent.updates / total, 1.0) if total else 0.0
@@ -219,6 +230,13 @@ class Learner(nn.Module):
         return (m for m in self.modules() if isinstance(m, Learner))
 
     # ---- engines -----------------------------------------------------------------------------
+
+    def _values(self, live: dict[str, Tensor] | None) -> dict[str, Tensor]:
+        """Parameters and buffers by name: the module's own, or those in a traced unit's dict."""
+        if live is None:
+            return {k: v.detach() for k, v in [*self.named_parameters(), *self.named_buffers()]}
+        start = len(self.prefix)
+        return {k[start:]: v for k, v in live.items() if k[0] != "@" and k.startswith(self.prefix)}
 
     def _names_of(self, names: tuple[str, ...]) -> list[str]:
         return [f"{n}.{k}" for n in names for k, _ in self.get_submodule(n).named_parameters()]
@@ -280,8 +298,7 @@ class Learner(nn.Module):
         transform: Transform | None,
     ) -> Metrics:
         """`learn` on the tensor dict of a compiled unit: functional gradients, functional Adam."""
-        start = len(self.prefix)
-        state = {k[start:]: v for k, v in live.items() if k[0] != "@" and k.startswith(self.prefix)}
+        state = self._values(live)
         gradients, metrics = self._gradients(state, names, loss, data, transform)
         gradients = self._clipped(gradients, names)
         for name in names:

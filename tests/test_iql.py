@@ -40,6 +40,7 @@ def test_losses() -> None:
         next_value = agent.value(batch["next_obs"]).numpy()
         q = agent.critic(batch["obs"], batch["action"]).numpy()
         mean = agent.actor(batch["obs"]).numpy()
+    batch["target_q"] = agent.run(agent.target_q, batch)
     expected = np.mean(np.abs(0.8 - (u < 0)) * u**2)
     np.testing.assert_allclose(agent.value_loss(batch)[0].item(), expected, rtol=1e-5)
     target = batch["reward"].numpy() + 0.99 * ~batch["terminated"].numpy() * next_value
@@ -54,6 +55,7 @@ def test_losses() -> None:
 
 def test_weights_are_clamped() -> None:
     agent, batch = agent_of(beta=1e4, deterministic=True), batch_of()
+    batch["target_q"] = agent.run(agent.target_q, batch)
     error = (agent.actor(batch["obs"]) - batch["action"]).square().sum(-1)
     weight = (agent.advantage(batch) > 0) * 100.0
     torch.testing.assert_close(agent.actor_loss(batch)[0], (weight * error).mean())
@@ -98,6 +100,7 @@ def test_only_the_actors_rate_decays_to_zero() -> None:
 
 def test_dropout_is_for_the_actors_loss_alone() -> None:
     agent, batch = agent_of(dropout=0.5), batch_of()
+    batch["target_q"] = agent.run(agent.target_q, batch)
     losses = {agent.actor_loss(batch)[0].item() for _ in range(4)}
     assert len(losses) > 1
     acts = [agent.act(batch["obs"], False) for _ in range(3)]

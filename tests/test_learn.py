@@ -544,6 +544,23 @@ def test_run_maps_over_seeds_and_gives_no_gradients(seeds: int) -> None:
         torch.testing.assert_close(mine, 2 * one.actor(obs if seeds == 1 else obs[k]).detach())
 
 
+class Asking(Toy):
+    """Its actor's loss needs the critic as the first half of the update left it."""
+
+    def update(self, batch: Batch) -> Metrics:
+        metrics = self.learn(("critic", "scale"), self.critic_loss, batch)
+        q = self.run(lambda b: self.critic(b["obs"]).squeeze(-1), batch)
+        return metrics | {"asked/q": q}
+
+
+@each_mode_and_seeds
+def test_run_inside_an_update_sees_what_the_update_changed(mode: str, seeds: int) -> None:
+    agent, data = make(Asking, seeds, lr=0.1), batches(1, seeds)
+    asked = train(agent, data, mode)[0]["asked/q"]
+    now = agent.run(lambda b: agent.critic(b["obs"]).squeeze(-1), data[0])
+    torch.testing.assert_close(asked, now)
+
+
 # ---- targets -----------------------------------------------------------------------------------
 
 
