@@ -157,6 +157,7 @@ def test_rows_are_drawn_in_proportion_to_their_priorities(capacity: int) -> None
 
 def test_new_rows_come_first_and_updates_set_priorities() -> None:
     agent, buffer = agent_of(prioritized=True), ring(8)
+    batch: dict[str, Tensor] = {}
     for _ in range(12):
         batch = agent.sample(buffer)
         agent.update(batch)
