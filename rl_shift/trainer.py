@@ -87,6 +87,7 @@ class Trainer:
         self._stop = False
         self._since = time.perf_counter()  # the stopwatch behind `seconds` runs from here
         self._marks = (0.0, 0)  # seconds and updates at the last log
+        self._passed = 0  # updates of earlier stages that this one, by its name, goes on with
 
     # ---- walking -----------------------------------------------------------------------------
 
@@ -134,8 +135,10 @@ class Trainer:
             clock.stage, stage = k, stages[k]
             for agent in self.agent.contained():
                 agent.stage = stage.name
+            self._passed = sum(s.updates for s in stages[:k] if s.name == stage.name)
             yield from self._run_stage(task, stage)
-            if stage.counted and not self._is_evaluated():
+            goes_on = any(s.name == stage.name for s in stages[k + 1 :])
+            if stage.counted and not goes_on and not self._is_evaluated():
                 self._evaluate(stage)
             final = clock.stage == len(stages) - 1
             if final and last:
@@ -159,8 +162,10 @@ class Trainer:
                 self.clock.updates += 1
                 if self._converged(stage):
                     self.clock.updates = stage.updates
-                self._after(stage, self.clock.updates, 1)
+                self._after(stage, self._passed + self.clock.updates, 1)
                 yield self.clock
+            if not stage.counted and self._marks[1] != self.clock.total_updates:
+                self._log(stage)  # what a preparation ended with
         self._stop_watch()
 
     def _converged(self, stage: Stage) -> bool:
