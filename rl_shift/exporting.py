@@ -159,8 +159,8 @@ def _onnx(module: Any, example: Any, path: Path, facts: dict[str, str]) -> Calla
     import torch
 
     try:
-        import onnxruntime
-        import onnxscript  # noqa: F401  (torch writes through it)
+        import onnxruntime  # pyright: ignore[reportMissingImports]
+        import onnxscript  # noqa: F401  # pyright: ignore[reportMissingImports]
     except ImportError as error:
         raise UserError(f'ONNX needs {error.name}: pip install "rl_shift[export]"') from error
     rows = torch.export.Dim("rows")
@@ -184,10 +184,10 @@ def _torchscript(
 
     def traced() -> Any:
         with torch.no_grad():
-            return torch.jit.freeze(torch.jit.trace(module, example))
+            return torch.jit.freeze(torch.jit.trace(module, example))  # type: ignore[no-untyped-call]
 
     torch.jit.save(_tried(traced), str(path), _extra_files={"rl_shift.json": json.dumps(facts)})
-    loaded = torch.jit.load(str(path))
+    loaded = torch.jit.load(str(path))  # type: ignore[no-untyped-call]
     return lambda obs: loaded(torch.from_numpy(obs)).numpy()
 
 

@@ -42,6 +42,9 @@ class FQE(Agent):
     order 1 whatever the discount, and targets are clipped to what the rewards of the data allow.
     """
 
+    scale: Tensor
+    bounds: Tensor
+
     @dataclass(frozen=True)
     class Config:
         """Settings; ours where no source is named."""
@@ -60,7 +63,7 @@ class FQE(Agent):
     ) -> None:
         super().__init__(observation_space, action_space, config)
         obs, action = observation_space.shape[0], action_space.shape[0]  # type: ignore[index]
-        self.policy = policy_module(config.policy, obs, action)
+        self.target_policy = policy_module(config.policy, obs, action)
         self.critic = Critic(obs, action, config.hidden)
         self.target_critic = copy.deepcopy(self.critic)
         self.register_buffer("scale", torch.ones(()))  # of the rewards
@@ -78,7 +81,7 @@ class FQE(Agent):
     def critic_loss(self, batch: Batch) -> tuple[Tensor, Metrics]:
         """Squared error of one backup under the policy; `raw_next_obs` is what the policy sees."""
         gamma = self.config.discount
-        following = self.target_critic(batch["next_obs"], self.policy(batch["raw_next_obs"]))
+        following = self.target_critic(batch["next_obs"], self.target_policy(batch["raw_next_obs"]))
         reward = batch["reward"] / self.scale
         target = (1 - gamma) * reward + gamma * ~batch["terminated"] * following
         low, high = self.bounds.clamp(max=0.0)[0], self.bounds.clamp(min=0.0)[1]
@@ -92,11 +95,11 @@ class FQE(Agent):
 
     def value(self, obs: Tensor) -> Tensor:
         """(N, obs) raw -> (N,) discounted value of acting with the policy from there."""
-        return self._unscaled(self.critic(self.normalizer(obs), self.policy(obs))).mean(0)
+        return self._unscaled(self.critic(self.normalizer(obs), self.target_policy(obs))).mean(0)
 
     def act(self, obs: Tensor, explore: bool) -> Tensor:
         """The evaluated policy's action, (N, action)."""
-        action: Tensor = self.policy(obs)
+        action: Tensor = self.target_policy(obs)
         return action
 
     def update(self, batch: Batch) -> Metrics:
@@ -315,7 +318,7 @@ def judge(estimates: Sequence[float], truth: Sequence[float]) -> Judgement:
     width = float(true.max() - true.min())
     constant = len(set(guess)) == 1 or width == 0
     return Judgement(
-        rank_correlation=0.0 if constant else float(spearmanr(guess, true).statistic),
+        rank_correlation=0.0 if constant else float(spearmanr(guess, true)[0]),
         absolute_error=float(np.abs(guess - true).mean()),
         regret=regret,
         relative_regret=regret / width if width else 0.0,

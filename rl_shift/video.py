@@ -110,7 +110,9 @@ def _drawn(env: gymnasium.Env[Any, Any], task: Task) -> np.ndarray[Any, Any]:
 def _writer(path: Path, first: np.ndarray[Any, Any], frames: int) -> Iterator[Any]:
     """A function that takes frames; the file has its name once it is whole."""
     try:
-        from moviepy.video.io.ffmpeg_writer import FFMPEG_VideoWriter
+        from moviepy.video.io.ffmpeg_writer import (  # pyright: ignore[reportMissingImports]
+            FFMPEG_VideoWriter,
+        )
     except ImportError as error:
         raise UserError('a video needs moviepy: pip install "rl_shift[video]"') from error
     height, width = (n - n % 2 for n in first.shape[:2])  # the codec wants even numbers
