@@ -22,6 +22,7 @@ from torch import Tensor
 from rl_shift import seeding
 from rl_shift.agent import Agent, Batch, Metrics, Stage, Wrapper
 from rl_shift.buffer import Buffer, Mixture
+from rl_shift.dynamics import GaussianEnsemble
 from rl_shift.errors import UserError
 from rl_shift.held_out import Best, split_by_episode
 from rl_shift.inverse_dynamics import InverseDynamics, inside_episodes
@@ -43,6 +44,7 @@ if TYPE_CHECKING:
 
 log = logging.getLogger(__name__)
 EVALUATION: Mapping[str, bool] = {"evaluation": True}
+MODELS = ("score", "inverse", "forward")  # stages
 HELD_OUT_ROWS = 20_000  # at most, per check
 
 
@@ -50,7 +52,7 @@ class CDSA(Wrapper):
     """A score network and an inverse dynamics model beside a policy pi, which stays as it is.
 
     L(score)   = E ||eps(z + sigma_i n, i) - n||^2,  z = (s, a);  grad_a log p = -eps_a / sigma_i
-    L(inverse) = E ||I(s, s') - a||^2
+    L(inverse) = E ||I(s, s') - a||^2;  L(forward) = E NLL of s' - s given (s, a)
     action channel: a <- clip(a + eta_a sigma_k^2 grad_a log p_k(s, a)),  from a = pi(s), K steps
     state channel:  a <- clip(a + w (I(s, s^ + d) - I(s, s^))),  d = eta_s sigma^2 grad_s log p
     """
@@ -69,16 +71,17 @@ class CDSA(Wrapper):
         level_count: int = 10  # geometric in between
         state_scale: float = 0.5  # scale of observation noise relative to action noise
         hidden: tuple[int, ...] = (256, 256, 256, 256)  # score network
-        learning_rate: float = 3e-4  # AdamW (score), Adam (inverse dynamics)
+        learning_rate: float = 3e-4  # AdamW (score), Adam (dynamics)
         weight_decay: float = 0.01  # score network
         clip: float = 1.0  # gradient norm of the score network
         average: float = 0.995  # decay of the averaged score network, which is the one that is used
         batch_size: int = 1024  # of the score network
         score_updates: int = 200_000  # at most; see patience
-        inverse_hidden: tuple[int, ...] = (256, 256, 256)
+        model_hidden: tuple[int, ...] = (256, 256, 256)  # inverse and forward dynamics
         inverse_difference: bool = True  # input (s, s' - s) instead of (s, s')
-        inverse_batch_size: int = 256
+        model_batch_size: int = 256  # of either
         inverse_updates: int = 100_000  # at most; none in mode conditional
+        forward_updates: int = 100_000  # at most; none in mode conditional; 0: no forward model
         check_every: int = 1000  # updates between two looks at the held-out loss
         patience: int = 10  # such looks without improvement that end a stage; 0: never
         normalize: bool = True  # observations, std + 1e-3
@@ -96,16 +99,16 @@ class CDSA(Wrapper):
         output: Literal["difference", "convex"] = field(  # convex: (1 - w) a + w I(s, s^ + d)
             default="difference", metadata=EVALUATION
         )
-        target: Literal["none", "state"] = field(  # s^ of the state channel
-            default="none", metadata=EVALUATION
+        target: Literal["forward", "state"] = field(  # s^: predicted next state, or s itself
+            default="forward", metadata=EVALUATION
         )
         gate: Gate = field(default="off", metadata=EVALUATION)  # hard, soft: act outside the data
         gate_quantile: float = field(default=0.9, metadata=EVALUATION)  # of data that is let be
 
-    reusable = {"score": ("average", "quantiles", "inverse", "normalizer")}
+    reusable = {"score": ("average", "quantiles", "inverse", "dynamics", "normalizer")}
     SCORE_FIELDS = (
-        "mode", "sigma_min", "sigma_max", "level_count", "state_scale", "hidden", "inverse_hidden",
-        "inverse_difference", "normalize",
+        "mode", "sigma_min", "sigma_max", "level_count", "state_scale", "hidden", "model_hidden",
+        "inverse_difference", "forward_updates", "normalize",
     )  # fmt: skip
 
     def __init__(
@@ -122,14 +125,14 @@ class CDSA(Wrapper):
         self.average = copy.deepcopy(self.score)
         self.best_score = Best(self.average)
         self.quantiles = Quantiles(len(sigmas))
-        self.inverse = InverseDynamics(
-            obs, action, config.inverse_hidden, config.inverse_difference
-        )
+        self.inverse = InverseDynamics(obs, action, config.model_hidden, config.inverse_difference)
         self.best_inverse = Best(self.inverse)
+        self.dynamics = GaussianEnsemble(obs, action, config.model_hidden, 1, 1, reward=False)
+        self.best_dynamics = Best(self.dynamics)
         self.optimizer(
             "score", lr=config.learning_rate, weight_decay=config.weight_decay, clip=config.clip
         )
-        self.optimizer("inverse.net", lr=config.learning_rate)
+        self.optimizer("inverse.net", "dynamics", lr=config.learning_rate)
         self.rows: tuple[Buffer, dict[str, tuple[Tensor, Tensor]]] | None = None
 
     @staticmethod
@@ -147,16 +150,21 @@ class CDSA(Wrapper):
 
     def inverse_loss(self, batch: Batch) -> tuple[Tensor, Metrics]:
         """Squared error of the action between two states."""
-        error = self.inverse.errors(batch["obs"], batch["next_obs"], batch["action"])
-        return error.sum(), {"inverse/loss": error.sum()}
+        loss = self.inverse_error(batch).sum()
+        return loss, {"inverse/loss": loss}
 
     def held_out_loss(self, batch: Batch) -> Tensor:
-        """`score_loss` of the averaged network, ()."""
+        """Of the stage's model on raw rows: averaged network, errors of the dynamics, ()."""
+        if self.stage == "forward":
+            return self.dynamics.error(batch).mean()
+        batch = self.normalizer.batch(batch)
+        if self.stage == "inverse":
+            return self.inverse_error(batch).sum()
         obs = batch["next_obs" if self.config.mode == "state" else "obs"]
         return self.average.loss(obs, batch["action"])
 
-    def held_out_error(self, batch: Batch) -> Tensor:
-        """Squared error of the inverse dynamics, (action,)."""
+    def inverse_error(self, batch: Batch) -> Tensor:
+        """Squared error of the inverse dynamics on normalised rows, (action,)."""
         return self.inverse.errors(batch["obs"], batch["next_obs"], batch["action"])
 
     def data_quantiles(self, batch: Batch) -> Tensor:
@@ -168,19 +176,23 @@ class CDSA(Wrapper):
     def act(self, obs: Tensor, explore: bool) -> Tensor:
         """The base's action, corrected; exploration is the base's own."""
         action = self.base.act(obs, explore)
-        return action if explore else self.corrected(self.normalizer(obs), action)
+        return action if explore or self.config.correction == "off" else self.corrected(obs, action)
 
-    def corrected(self, obs: Tensor, action: Tensor) -> Tensor:
-        """(B, obs) normalised, (B, action) -> (B, action)."""
-        c = self.config
-        if c.correction == "off":
-            return action
+    def corrected(self, raw: Tensor, action: Tensor) -> Tensor:
+        """(B, obs) raw, (B, action) -> (B, action)."""
+        c, obs = self.config, self.normalizer(raw)
         strength = self.strength(obs, action)
         if c.mode != "state" and c.channels != "state":
             action = correct_action(self.average, obs, action, self.levels, c.eta_action, strength)
-        if c.mode != "conditional" and c.channels != "action" and c.target != "none":
-            action = self.guided(obs, action, strength)
+        if self.has_state_channel and c.channels != "action":
+            action = self.guided(raw, obs, action, strength)
         return action
+
+    @property
+    def has_state_channel(self) -> bool:
+        """Whether the settings offer one."""
+        c = self.config
+        return c.mode != "conditional" and (c.target == "state" or c.forward_updates > 0)
 
     def strength(self, obs: Tensor, action: Tensor) -> Tensor:
         """What the gate lets through, (B, 1) in 0..1."""
@@ -190,12 +202,14 @@ class CDSA(Wrapper):
         statistic = action_score_norm(self.average, obs, action, self.levels[0])
         return gate_strength(statistic, self.quantiles(self.levels[0], c.gate_quantile), c.gate)
 
-    def guided(self, obs: Tensor, action: Tensor, strength: Tensor) -> Tensor:
+    def guided(self, raw: Tensor, obs: Tensor, action: Tensor, strength: Tensor) -> Tensor:
         """State channel: what the inverse dynamics would do to reach a denser state."""
-        c = self.config
-        reached = obs
+        c, reached = self.config, obs
+        if c.target == "forward":
+            reached = self.normalizer(self.dynamics.mean(raw, action))
+        scored = reached if c.mode == "state" else obs  # the score of s', or that of (s, a)
         delta = state_displacement(
-            self.average, obs, action, self.state_level, c.eta_state, self.inverse.step
+            self.average, scored, action, self.state_level, c.eta_state, self.inverse.step
         )
         weight = c.weight * strength * self.inverse.usable
         auxiliary = self.inverse(obs, reached + delta)
@@ -234,8 +248,10 @@ class CDSA(Wrapper):
         c = self.config
         budgets = {"score": c.score_updates}
         if c.mode != "conditional":
-            budgets["inverse"] = c.inverse_updates
-        own = [Stage(k, n, counted=False, check_every=c.check_every) for k, n in budgets.items()]
+            budgets |= {"inverse": c.inverse_updates, "forward": c.forward_updates}
+        own = [
+            Stage(k, n, counted=False, check_every=c.check_every) for k, n in budgets.items() if n
+        ]
         return [*([] if c.score else own), *super().stages(task)]
 
     def begin_task(self, task: Task, buffer: Buffer) -> None:
@@ -252,57 +268,58 @@ class CDSA(Wrapper):
                 )
         super().begin_task(task, buffer)
         if not self.config.score and self.config.mode != "conditional":
-            self.inverse.fit_statistics(buffer, self.split(buffer)["inverse"][0], self.normalizer)
+            rows = self.split(buffer)["inverse"][0]
+            self.inverse.fit_statistics(buffer, rows, self.normalizer)
+            self.dynamics.fit(buffer.take(rows))
+        if self.config.mode != "conditional" and not self.has_state_channel:
+            log.warning("no forward model: the action channel alone corrects, unless target=state")
 
     def split(self, buffer: Buffer) -> dict[str, tuple[Tensor, Tensor]]:
         """Rows to learn from and rows held out, per stage."""
         if self.rows is None or self.rows[0] is not buffer:
             inside = split_by_episode(buffer, usable=inside_episodes(buffer))
             whole = inside if self.config.mode == "state" else split_by_episode(buffer)
-            self.rows = buffer, {"score": whole, "inverse": inside}
+            self.rows = buffer, {"score": whole, "inverse": inside, "forward": inside}
         return self.rows[1]
 
     def sample(self, buffer: Buffer | Mixture) -> Batch:
         """Rows that are not held out, for the models; the base's own for the base."""
-        if isinstance(buffer, Buffer) and self.stage in ("score", "inverse"):
-            small = self.stage == "inverse"
-            size = self.config.inverse_batch_size if small else self.config.batch_size
+        if isinstance(buffer, Buffer) and self.stage in MODELS:
+            c = self.config
+            size = c.batch_size if self.stage == "score" else c.model_batch_size
             return buffer.sample(size, self.split(buffer)[self.stage][0])
         return super().sample(buffer)
 
     def check(self, stage: Stage, updates: int, buffer: Buffer) -> bool:
         """Keep the best weights on held-out episodes; at the end, use them and calibrate."""
-        if stage.name not in ("score", "inverse"):
+        if stage.name not in MODELS:
             return self.base.check(stage, updates, buffer)
-        scoring = stage.name == "score"
-        network, best = (
-            (self.average, self.best_score) if scoring else (self.inverse, self.best_inverse)
-        )
-        batch = self.validation(buffer, stage.name, 1)
+        network, best = {
+            "score": (self.average, self.best_score),
+            "inverse": (self.inverse, self.best_inverse),
+            "forward": (self.dynamics, self.best_dynamics),
+        }[stage.name]
+        held_out = self.spread(buffer, stage.name, 1)
         with seeding.forked(0):  # the same noise at every check
-            if scoring:
-                loss = self.run(self.held_out_loss, batch)
-            else:
-                loss = self.run(self.held_out_error, batch).sum(-1)
-        best.offer(network, loss)
+            best.offer(network, self.run(self.held_out_loss, held_out))
         if updates < stage.updates and not best.exhausted(self.config.patience):
             return False
         best.restore(network)
-        if scoring:
-            batch = self.validation(buffer, stage.name, 0)
-            self.quantiles.table.copy_(self.run(self.data_quantiles, batch))
-        else:
-            self.inverse.error.copy_(self.run(self.held_out_error, batch))
+        if stage.name == "score":
+            data = self.normalizer.batch(self.spread(buffer, stage.name, 0))
+            self.quantiles.table.copy_(self.run(self.data_quantiles, data))
+        elif stage.name == "inverse":
+            self.inverse.error.copy_(self.run(self.inverse_error, self.normalizer.batch(held_out)))
             self.warn_if_unusable()
         return True
 
-    def validation(self, buffer: Buffer, stage: str, side: int) -> Batch:
-        """Rows spread evenly over one side of the split, normalised, (S, B, ...) if stacked."""
+    def spread(self, buffer: Buffer, stage: str, side: int) -> Batch:
+        """Rows spread evenly over one side of the split, raw, (S, B, ...) if stacked."""
         rows = self.split(buffer)[stage][side]
         batch = buffer.take(rows[:: -(-len(rows) // HELD_OUT_ROWS)])
         if self.seeds > 1:
             batch = {k: v.expand(self.seeds, *v.shape) for k, v in batch.items()}
-        return self.normalizer.batch(batch)
+        return batch
 
     def warn_if_unusable(self) -> None:
         """One line if the state channel stays off."""
@@ -336,4 +353,6 @@ class CDSA(Wrapper):
             return metrics
         if self.stage == "inverse":
             return self.learn("inverse.net", self.inverse_loss, self.normalizer.batch(batch))
+        if self.stage == "forward":
+            return self.learn("dynamics", self.dynamics.loss, batch)
         return super().update(batch)
