@@ -371,6 +371,17 @@ def test_an_unsupported_space_is_refused_by_name(name: str) -> None:
             kind(*pair, config_of(kind))
 
 
+@each_agent
+def test_the_policy_is_the_distribution_behind_the_actions(name: str, on: str) -> None:
+    agent = make(name, on)
+    agent.begin_task(toy_task(on), data_for(agent, on))
+    obs = torch.from_numpy(arrays(on)["obs"][:3])
+    action, policy = agent.run(agent.act, obs, False), agent.run(agent.policy, obs)
+    greedy = policy.mean.tanh() if policy.squashed else policy.mean
+    assert torch.equal(action, greedy)
+    assert policy.std is None or (policy.std > 0).all()
+
+
 # ---- 2, 9: an update ---------------------------------------------------------------------------
 
 
@@ -780,6 +791,6 @@ def test_observations_are_normalised_once(name: str) -> None:
         for _ in range(agent.delay):
             agent.update(dict(batch))
             agent.advance()
-        assert seen
+        assert seen or not stage.counted  # a preparation may see other things than observations
         for x in seen:
             assert torch.allclose(x, expected.expand_as(x))
