@@ -173,7 +173,7 @@ class JellyBean(gymnasium.Env[Any, Any]):
             dx, dy, age = abs(x - self.x), abs(y - self.y), self.time - time
             if max(dx, dy) <= r and age < SCENT_STEPS:
                 amounts[item - 1] += steady[SCENT_STEPS - 1][dx, dy] - steady[age][dx, dy]
-        return np.float32(amounts) @ COLOURS[1:].astype(np.float32)
+        return np.array(amounts, np.float32) @ COLOURS[1:].astype(np.float32)
 
     def render(self) -> NDArray[np.uint8] | None:
         """What the agent sees, ahead is up, 24 pixels a cell, empty cells white."""

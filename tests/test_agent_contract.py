@@ -38,7 +38,8 @@ SPACES: dict[str, tuple[Any, Any]] = {
 }
 NO_AGENT_TAKES = (spaces.Dict(text=spaces.Text(4)), spaces.MultiDiscrete([2, 3]))
 # What makes an agent small, where it has such a field; so are the budgets of preparatory stages.
-SMALL = {"hidden": (8,), "batch_size": 8, "warmup_steps": 4, "buffer_capacity": 64}
+SMALL: dict[str, Any] = {"hidden": (8,), "batch_size": 8, "warmup_steps": 4, "buffer_capacity": 64}
+SMALL |= {"features": 8, "rollout": 16, "epochs": 1}
 BUDGET = 7
 
 

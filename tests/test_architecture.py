@@ -30,6 +30,10 @@ CORE_MAY_IMPORT: dict[str, set[str]] = {
     "networks": {"errors"},
     "metrics": {"errors"},
     "buffer": {"errors", "seeding"},
+    "running": set(),
+    "online_networks": {"networks"},
+    "priorities": set(),
+    "curiosity": {"networks", "online_networks", "running"},
     "diffusion": {"errors", "networks"},
     "dynamics": {"errors", "networks", "seeding"},
     "score": set(),
@@ -42,8 +46,8 @@ CORE_MAY_IMPORT: dict[str, set[str]] = {
     "cli": {"errors"},
 }
 AGENTS_MAY_IMPORT = {
-    "agent", "agents", "buffer", "diffusion", "dynamics", "errors", "held_out",
-    "inverse_dynamics", "networks", "score", "seeding",
+    "agent", "agents", "buffer", "curiosity", "diffusion", "dynamics", "errors", "held_out",
+    "inverse_dynamics", "networks", "online_networks", "priorities", "running", "score", "seeding",
 }  # fmt: skip
 ENVS_MAY_IMPORT = {"envs", "errors", "seeding"}
 COMMANDS = {"cli", "commands", "data_commands", "demo", "evaluate_command", "worker"}
