@@ -18,7 +18,7 @@ import numpy as np
 import torch
 from gymnasium.spaces import Space
 from numpy.typing import NDArray
-from scipy.stats import spearmanr
+from scipy.stats import rankdata
 from torch import Tensor, nn
 
 from rl_shift import config, datasets, runs, seeding
@@ -318,7 +318,9 @@ def judge(estimates: Sequence[float], truth: Sequence[float]) -> Judgement:
     width = float(true.max() - true.min())
     constant = len(set(guess)) == 1 or width == 0
     return Judgement(
-        rank_correlation=0.0 if constant else float(spearmanr(guess, true)[0]),
+        rank_correlation=0.0
+        if constant
+        else float(np.corrcoef(rankdata(guess), rankdata(true))[0, 1]),
         absolute_error=float(np.abs(guess - true).mean()),
         regret=regret,
         relative_regret=regret / width if width else 0.0,
