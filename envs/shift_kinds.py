@@ -318,7 +318,8 @@ class ColourSwap(_Image):
     def bind(self, env: Env, where: str) -> None:
         """A table from place and colour to colour, (side, side, 8, 3)."""
         super().bind(env, where)
-        side = (env.observation_space.shape or (0,))[0]
+        shape: Any = env.observation_space.shape
+        side = int(shape[0])
         colours = np.array([[c >> 2 & 1, c >> 1 & 1, c & 1] for c in range(8)], np.uint8)
         table = np.broadcast_to(colours, (side, side, 8, 3)).copy()
         split = side // 2
