@@ -9,7 +9,7 @@ compiled graph (`rl_shift.compile`) and with S stacked seeds. Our design.
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, ClassVar
 
@@ -49,12 +49,15 @@ class Agent(Learner):
         Config: frozen dataclass of hyper-parameters, the paper's values as defaults.
         stackable: several seeds may share one process (False: it holds data of its own per seed).
         columns: data-derived columns (`next_action`, `mc_return`, `reward_mask`) it needs.
+        reusable: fields of Config that may name a run of the same agent (`RUN_DIR[#k]`), with the
+            submodules that are then taken from it instead of being trained.
         begun: the tasks begun so far.
     """
 
     Config: ClassVar[type]
     stackable: bool = True
     columns: tuple[str, ...] = ()
+    reusable: ClassVar[Mapping[str, tuple[str, ...]]] = {}
 
     def __init__(
         self, observation_space: Space[Any], action_space: Space[Any], config: Any
@@ -151,6 +154,18 @@ class Agent(Learner):
     def load_extra_state(self, extra: dict[str, Any]) -> None:
         """Take back what `extra_state` gave."""
 
+    def reuse(self, field: str, source: Agent) -> None:
+        """Take the submodules that `reusable` lists for `field`, buffers included, from `source`.
+
+        Called once, before a run starts; a resumed run finds them in its own checkpoint. Override
+        it to take more than submodules.
+
+        Raises:
+            KeyError, RuntimeError: if their tensors do not fit.
+        """
+        for name in self.reusable[field]:
+            self.get_submodule(name).load_state_dict(source.get_submodule(name).state_dict())
+
     # Cadence of interaction, read by the trainer.
     @property
     def collect_every(self) -> int:
@@ -241,6 +256,11 @@ class Wrapper(Agent):
 
     `config.base` names the base agent and `config.base_config` its fields. A wrapper passes raw
     batches to its base, which normalises them itself.
+
+    Where `config.base_run` is set, the base is the finished agent of that run (`RUN_DIR[#k]`) and
+    frozen: no hook but `act` and `sample` reaches it, and nothing of it changes. Users write
+    `--agent.base RUN_DIR#k`, from which `rl_shift.config` fills in all three fields. The base's
+    tensors are part of the wrapper's own state, so a checkpoint needs no folder but its own.
     """
 
     base: Agent
@@ -259,6 +279,9 @@ class Wrapper(Agent):
             kind = agents.get(config.base)
             base = kind(observation_space, action_space, kind.Config(**config.base_config))
         self.base = base
+        if getattr(config, "base_run", ""):
+            for inner in base.contained():
+                inner.frozen = True
         self.stackable = base.stackable and type(self).stackable
         self.delay = math.lcm(type(self).delay, base.delay)
         self.columns = tuple(dict.fromkeys([*type(self).columns, *base.columns]))
@@ -277,25 +300,28 @@ class Wrapper(Agent):
         return self.base.sample(buffer)
 
     def update(self, batch: Batch) -> Metrics:
-        """The base's update."""
-        return self.base.update(batch)
+        """The base's update; nothing if it is frozen."""
+        return {} if self.base.frozen else self.base.update(batch)
 
     def stages(self, task: Task) -> list[Stage]:
-        """The base's stages."""
-        return self.base.stages(task)
+        """The base's stages; if it is frozen, an empty one, after which it is evaluated."""
+        return [Stage("frozen")] if self.base.frozen else self.base.stages(task)
 
     def begin_task(self, task: Task, buffer: Buffer) -> None:
         """Begin the task here, then in the base."""
         super().begin_task(task, buffer)
-        self.base.begin_task(task, buffer)
+        if not self.base.frozen:
+            self.base.begin_task(task, buffer)
 
     def end_task(self, task: Task, buffer: Buffer) -> None:
         """End it in the base."""
-        self.base.end_task(task, buffer)
+        if not self.base.frozen:
+            self.base.end_task(task, buffer)
 
     def focus(self, task: Task) -> None:
-        """Focus the base."""
-        self.base.focus(task)
+        """Focus the base; a frozen one keeps the focus that it ended with."""
+        if not self.base.frozen:
+            self.base.focus(task)
 
     def variant(self) -> tuple[Any, ...]:
         """The stage here and the base's own variant."""

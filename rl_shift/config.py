@@ -275,11 +275,50 @@ def resolve(agent_name: str, layers: Sequence[Layer], flags: Sequence[str] = ())
     values |= parser.flags(flags)
     tasks = [build(TaskSettings, values, f"tasks.{i}.") for i in range(count)]
     run = {o.key: values[o.key] for o in _run_options()}
+    agent = _with_base(build(config_class, values, "agent."))
+    idle = bool(getattr(agent, "base_run", ""))  # a frozen base needs no budget
     return RunConfig(
         agent_name=agent_name,
-        agent=build(config_class, values, "agent."),
-        tasks=tuple(_named(task, i, run["data_mode"]) for i, task in enumerate(tasks)),
+        agent=agent,
+        tasks=tuple(_named(task, i, idle) for i, task in enumerate(tasks)),
         **run,
+    )
+
+
+def _with_base(agent: Any) -> Any:
+    """A wrapper's settings with its base spelt out, so that they need no other run's folder.
+
+    `base` may be an agent's name, or `RUN_DIR[#k]`: then `base` and `base_config` become what that
+    run's configuration says, and `base_run` remembers where the weights come from.
+    """
+    fields = {f.name for f in dataclasses.fields(agent)}
+    if not {"base", "base_config"} <= fields:
+        return agent
+    base = str(agent.base)
+    if ":" in base or base in agents.names():
+        config_class = config_class_of(base)
+        parser = Parser(options_of(config_class))
+        values = parser.defaults() | parser.layer(agent.base_config, "agent.base_config")
+        inner = _with_base(build(config_class, values))
+        return dataclasses.replace(agent, base_config=dataclasses.asdict(inner))
+    folder = Path(base.partition("#")[0])
+    if not (folder / "config.yaml").is_file():
+        raise UserError(
+            f"agent.base {base!r} is neither an agent{nearest(base, agents.names())} "
+            f"({', '.join(agents.names())}) nor a run folder: {folder} has no config.yaml"
+        )
+    if "base_run" not in fields:
+        raise UserError(f"this agent cannot take a finished run as its base: name an agent, {base}")
+    if agent.base_config:
+        raise UserError(f"agent.base_config comes from the run {folder}: leave it out")
+    run = load(folder / "config.yaml")
+    if run.seeds > 1 and "#" not in base:
+        raise UserError(
+            f"agent.base {base} holds {run.seeds} seeds: name one, {folder}#0 to "
+            f"{folder}#{run.seeds - 1}"
+        )
+    return dataclasses.replace(
+        agent, base=run.agent_name, base_config=dataclasses.asdict(run.agent), base_run=base
     )
 
 
@@ -337,11 +376,11 @@ def _task_indices(flags: Sequence[str]) -> list[int]:
     return [int(match[1]) for match in found if match]
 
 
-def _named(task: TaskSettings, index: int, data_mode: str) -> Task:
+def _named(task: TaskSettings, index: int, idle: bool) -> Task:
     where = "" if index == 0 else f"tasks.{index}: "
     if task.dataset is None and task.env is None:
         raise UserError(f"{where}nothing to learn from: give --dataset ID|PATH or --env ID")
-    if task.updates == 0 and task.env_steps == 0:
+    if task.updates == 0 and task.env_steps == 0 and not idle:
         budget = "--env-steps N" if task.dataset is None else "--updates N"
         raise UserError(f"{where}say how long to train: give {budget}")
     if task.updates and task.dataset is None:

@@ -41,6 +41,7 @@ class Learner(nn.Module):
         updates: calls of `update` so far.
         delay: `update` may read `updates` modulo this number and nothing else of it.
         stage: name of the current `Stage`.
+        frozen: part of a finished agent that another one holds: none of its tensors changes.
     """
 
     delay: int = 1
@@ -48,6 +49,7 @@ class Learner(nn.Module):
     def __init__(self) -> None:
         super().__init__()
         self.seeds, self.updates, self.stage, self.ran = 1, 0, "", False
+        self.frozen = False
         self.optimizers: dict[str, torch.optim.Optimizer] = {}
         self.schedules: dict[str, int] = {}
         self.clips: dict[str, float] = {}
@@ -141,6 +143,8 @@ class Learner(nn.Module):
         Returns:
             The loss's metrics, detached, on the device.
         """
+        if self.frozen:
+            raise RuntimeError(f"{type(self).__name__} is frozen: it comes from a finished run")
         names = (names,) if isinstance(names, str) else names
         if self.live is not None:
             return self._learn_traced(self.live, names, loss, data, transform)
@@ -208,6 +212,8 @@ class Learner(nn.Module):
     def schedule(self) -> None:
         """Set this update's learning rates; called before each update, outside compiled units."""
         for agent in self.contained():
+            if agent.frozen:
+                continue
             for name, total in agent.schedules.items():
                 group = agent.optimizers[name].param_groups[0]
                 progress = min(agent.updates / total, 1.0) if total else 0.0

@@ -21,7 +21,7 @@ import torch
 from gymnasium.spaces import Box, Space
 
 from rl_shift import agents, checkpoint, config, datasets, envs, seeding, separate_seeds
-from rl_shift.agent import Agent, Stage
+from rl_shift.agent import Agent, Stage, Wrapper
 from rl_shift.config import RunConfig, Task
 from rl_shift.errors import TrainingDiverged, UserError
 from rl_shift.evaluation import normalized_score
@@ -47,7 +47,7 @@ def train(run: RunConfig, progress: bool = True) -> Path:
         return separate_seeds.train_seeds(run, folder, progress)
     _set_torch(run)
     tasks = resolve(run)
-    agent = make_agent(run, tasks)
+    agent = make_agent(run, tasks, fresh=True)
     fresh = not folder.exists()
     try:
         _prepare(folder, run)
@@ -173,8 +173,11 @@ def _spaces_of_data(data: datasets.DatasetInfo) -> tuple[Space[Any], Space[Any]]
     return Box(-np.inf, np.inf, obs, np.float32), Box(-1.0, 1.0, action, np.float32)
 
 
-def make_agent(run: RunConfig, tasks: Sequence[Task]) -> Agent:
-    """The configured agent for the first task's spaces: S seeds stacked, on the device."""
+def make_agent(run: RunConfig, tasks: Sequence[Task], fresh: bool = False) -> Agent:
+    """The configured agent for the first task's spaces: S seeds stacked, on the device.
+
+    A fresh one also takes what it shall reuse of other runs; else a checkpoint will bring it.
+    """
     kind = agents.get(run.agent_name)
     observation_space, action_space = tasks[0].observation_space, tasks[0].action_space
     assert observation_space is not None and action_space is not None  # tasks are resolved
@@ -182,19 +185,78 @@ def make_agent(run: RunConfig, tasks: Sequence[Task]) -> Agent:
     for s in range(run.seeds):
         with seeding.forked(seeding.child(run.seed + s, "init")):
             made.append(kind(observation_space, action_space, run.agent))
+            if fresh:
+                _reuse(made[-1], tasks)
     _check_spaces(made[0], tasks)
     return kind.stacked(made).place(_device(run))
+
+
+def _reuse(agent: Agent, tasks: Sequence[Task]) -> None:
+    """Take frozen bases and trained submodules out of the runs that the settings name."""
+    for part in agent.contained():
+        if part.frozen:
+            continue
+        if isinstance(part, Wrapper) and part.base.frozen:
+            spec = part.config.base_run
+            source = _trained(spec, type(part.base), part, tasks)
+            with _fitting(spec):
+                part.base.load_state(source.state())
+        for field in part.reusable:
+            spec = getattr(part.config, field)
+            if spec:
+                source = _trained(spec, type(part), part, tasks)
+                with _fitting(spec):
+                    part.reuse(field, source)
+
+
+def _trained(spec: str, kind: type[Agent], target: Agent, tasks: Sequence[Task]) -> Agent:
+    """The agent of a run that another run builds on: one seed, same spaces, same data."""
+    source, _, _ = load_agent(spec)
+    if source.seeds > 1:
+        raise UserError(f"{spec} holds {source.seeds} seeds: name one, {spec}#0 and so on")
+    if type(source) is not kind:
+        raise UserError(f"{spec} is a run of {type(source).__name__}, not of {kind.__name__}")
+    for name in ("observation_space", "action_space"):
+        theirs, mine = getattr(source, name), getattr(target, name)
+        if _shape(theirs) != _shape(mine):
+            raise UserError(
+                f"{spec} was trained with {name.replace('_', ' ')} {theirs}, this run has {mine}: "
+                "choose a run on the same environment"
+            )
+    results = separate_seeds.read_results(Path(spec.partition("#")[0]))
+    before = [task["dataset"] for task in (results or {"tasks": []})["tasks"] if task["dataset"]]
+    for now in filter(None, map(_identity, tasks)):
+        if before and now["sha256"] not in [data["sha256"] for data in before]:
+            raise UserError(
+                f"{spec} was trained on {', '.join(data['id'] for data in before)}, this run uses "
+                f"{now['id']} (another sha256): choose a run on the same dataset"
+            )
+    return source
+
+
+@contextmanager
+def _fitting(spec: str) -> Iterator[None]:
+    """What tensors of other shapes cause, as one line."""
+    try:
+        yield
+    except (LookupError, RuntimeError) as error:
+        reason = " ".join(str(error).split())[:200]
+        raise UserError(
+            f"what {spec} holds does not fit this agent's settings ({reason}): give the settings "
+            "of that run"
+        ) from error
+
+
+def _shape(space: Any) -> tuple[Any, Any]:
+    """What networks depend on."""
+    return getattr(space, "shape", None), getattr(space, "n", None)
 
 
 def _check_spaces(agent: Agent, tasks: Sequence[Task]) -> None:
     """Later tasks fit the first one's networks, unless the agent builds some for each task."""
     if any(type(part).build is not Agent.build for part in agent.contained()):
         return
-    shapes = [
-        (getattr(s, "shape", None), getattr(s, "n", None))
-        for task in tasks
-        for s in (task.observation_space, task.action_space)
-    ]
+    shapes = [_shape(s) for task in tasks for s in (task.observation_space, task.action_space)]
     for k, task in enumerate(tasks):
         if shapes[2 * k : 2 * k + 2] != shapes[:2]:
             raise UserError(
