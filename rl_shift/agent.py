@@ -231,7 +231,10 @@ class Agent(Learner):
         """
         from rl_shift.config import Task
 
-        for prefix, agent in self.prefixed():
+        restored: set[str] = set()
+        while left := [pair for pair in self.prefixed() if pair[0] not in restored]:
+            prefix, agent = left[0]  # asked anew each time: `build` may replace a contained agent
+            restored.add(prefix)
             saved = state["agents"][prefix]
             agent.updates = saved["updates"]
             agent.begun = [Task.from_plain(task) for task in saved["begun"]]

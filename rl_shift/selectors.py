@@ -157,6 +157,7 @@ class RollOuts:
         self.ends = self.arrays["terminated"].cpu().numpy()
         self.used = np.zeros(rows, dtype=bool)
         self.visited: list[int] = []
+        self.kept: Indices | None = None
         self.begun, self.filled = 0, 0
         self.limit = self.nearest.neighbour_distance(0.95, generator)
         self.age = np.zeros(settings.lanes, dtype=np.int64)
@@ -173,8 +174,9 @@ class RollOuts:
         """Go on until this share of the rows is visited; 1 finishes, whatever is missing."""
         while len(self.visited) < share * self.wanted and self.begun < self.most:
             self._step()
-        if share >= 1:
+        if share >= 1 and self.kept is None:
             self._fill()
+            self.kept = self.generator.permutation(np.array(self.visited))[: self.budget]
 
     def _step(self) -> None:
         settings = self.settings
@@ -206,14 +208,15 @@ class RollOuts:
 
     def order(self) -> Indices:
         """An even share of the visited rows, shuffled: every prefix covers all of them."""
-        visited = np.array(self.visited, dtype=np.int64)
-        generator = np.random.default_rng(len(visited))  # not the stream: asking twice is allowed
-        return generator.permutation(visited)[: self.budget]
+        self.advance(1.0)
+        assert self.kept is not None
+        return self.kept
 
     def save(self) -> dict[str, Any]:
         """What `load` needs, as plain values and arrays."""
         return {
             "visited": np.array(self.visited, dtype=np.int64),
+            "kept": self.kept,
             "begun": self.begun,
             "filled": self.filled,
             "age": self.age.copy(),
@@ -225,6 +228,7 @@ class RollOuts:
         """Go on where `save` was called; the sources must be the same."""
         self.visited = saved["visited"].tolist()
         self.used[self.visited] = True
+        self.kept = saved["kept"]
         self.begun, self.filled = saved["begun"], saved["filled"]
         self.age, self.state = saved["age"].copy(), saved["state"].copy()
         self.generator.bit_generator.state = saved["generator"]
