@@ -33,13 +33,15 @@ class Stage:
     """One leg of a task: `updates` on given data, or `env_steps` of interaction with updates.
 
     Stages with `counted=False` prepare something (a denoiser, a dynamics model) and are not part of
-    the user's `--updates`.
+    the user's `--updates`. After every `check_every` updates, and after the last, the trainer asks
+    `Agent.check` whether the stage has converged and may end (0: never).
     """
 
     name: str
     updates: int = 0
     env_steps: int = 0
     counted: bool = True
+    check_every: int = 0
 
 
 class Agent(Learner):
@@ -105,6 +107,20 @@ class Agent(Learner):
         """The legs of a task; default: updates on its data, then interaction."""
         legs = [Stage("offline", updates=task.updates), Stage("online", env_steps=task.env_steps)]
         return [leg for leg in legs if leg.updates or leg.env_steps]
+
+    def check(self, stage: Stage, updates: int, buffer: Buffer) -> bool:
+        """Whether a stage with `check_every` may end after so many updates; may read the device.
+
+        Part of training: whatever it changes must lie in modules or in `extra_state`.
+        """
+        return False
+
+    def diagnostics(self, obs: Tensor) -> Metrics:
+        """Numbers about `act` at these states, (N, obs) -> (N,) each; pure.
+
+        `rl-shift evaluate` averages them over all steps of its episodes.
+        """
+        return {}
 
     def build(self, task: Task) -> None:
         """Structure a task needs (heads, adapters); called again, in order, before a resume."""

@@ -22,6 +22,9 @@ if TYPE_CHECKING:
     Variant = tuple[dict[str, Any], Results]  # evaluation-time values, results
 
 
+TAILS = (5, 10, 25)  # per cent of the episodes
+
+
 @dataclass(frozen=True)
 class EvaluationSettings:
     """Flags of `rl-shift evaluate`."""
@@ -61,6 +64,8 @@ def evaluate(argv: list[str]) -> int:
     for change, results in variants:
         for task, result in results:
             print(_line(task, result, change))
+            for detail in _details(task, result, risk=settings.compare is not None):
+                print(f"  {detail}")
     pairs = [paired(variants[0], later) for later in variants[1:]]
     for line in [line for pair in pairs for line in pair]:
         print(line["text"])
@@ -124,6 +129,7 @@ def evaluated(spec: str, overrides: Mapping[str, Any], settings: EvaluationSetti
             reference_scores=task.reference_scores,
             obs_pad=task.obs_pad,
             shift=task.shift,
+            diagnose=True,
         )
         results.append((task, result))
     return results
@@ -131,21 +137,25 @@ def evaluated(spec: str, overrides: Mapping[str, Any], settings: EvaluationSetti
 
 def paired(first: Variant, second: Variant) -> list[dict[str, Any]]:
     """Second minus first, episode by episode, with the 95 % interval of the mean, per task."""
-    from rl_shift.evaluation import differences
+    from rl_shift.evaluation import differences, normalized_spread
     from rl_shift.metrics import mean_interval
 
     lines = []
     for (task, before), (_, after) in zip(first[1], second[1], strict=True):
-        difference = differences(after, before).ravel()
+        difference, unit = differences(after, before).ravel(), "return"
+        if task.reference_scores is not None:
+            difference = normalized_spread(difference, *task.reference_scores)
+            unit = "D4RL-normalised score"
         _, low, high = mean_interval(difference)
         title = f"{_label(second[0])} minus {_label(first[0])}"
         lines.append(
             {
                 "task": task.name,
                 "what": title,
+                "unit": unit,
                 "mean": float(difference.mean()),
                 "interval": [float(low), float(high)],
-                "text": f"{task.name}: {title}: {difference.mean():+.2f}, 95 % interval "
+                "text": f"{task.name}: {title}: {unit} {difference.mean():+.2f}, 95 % interval "
                 f"[{low:+.2f}, {high:+.2f}] over {difference.size} paired episodes",
             }
         )
@@ -165,6 +175,30 @@ def _line(task: Task, result: Result, change: Mapping[str, Any]) -> str:
     return text
 
 
+def risks(task: Task, result: Result) -> dict[str, float]:
+    """VaR and CVaR of all episodes (lower tail: larger is better), on the scale of the score."""
+    from rl_shift.evaluation import normalized_score
+    from rl_shift.metrics import conditional_value_at_risk, value_at_risk
+
+    returns = result.returns.ravel()
+    if task.reference_scores is not None:
+        returns = normalized_score(returns, *task.reference_scores)
+    found = {}
+    for percent in TAILS:
+        found[f"VaR {percent} %"] = float(value_at_risk(returns, percent / 100))
+        found[f"CVaR {percent} %"] = float(conditional_value_at_risk(returns, percent / 100))
+    return found
+
+
+def _details(task: Task, result: Result, risk: bool) -> list[str]:
+    """The lower tail, and what the agent says about its own actions."""
+    numbers = [risks(task, result)] if risk else []
+    numbers.append({key: float(value.mean()) for key, value in result.diagnostics.items()})
+    return [
+        ", ".join(f"{key} {value:.4g}" for key, value in some.items()) for some in numbers if some
+    ]
+
+
 def _label(change: Mapping[str, Any]) -> str:
     return ", ".join(f"{field}={value}" for field, value in change.items())
 
@@ -180,6 +214,8 @@ def _report(
             "returns": result.returns.tolist(),
             "lengths": result.lengths.tolist(),
             "score": None if result.score is None else result.score.tolist(),
+            "risk": risks(task, result),
+            "diagnostics": {key: value.tolist() for key, value in result.diagnostics.items()},
             "reference_scores": task.reference_scores,
         }
         for change, results in variants

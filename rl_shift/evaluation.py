@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import itertools
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from types import TracebackType
 from typing import TYPE_CHECKING, Any
 
@@ -38,6 +38,7 @@ class Result:
         score: (S,) mean D4RL-normalised score x100, None without reference scores.
         env_id: the environment.
         seed: the evaluation's seed: equal seeds mean equal initial states.
+        diagnostics: what `Agent.diagnostics` says, (S,) each: mean over all steps.
     """
 
     returns: Floats
@@ -45,6 +46,7 @@ class Result:
     score: Floats | None
     env_id: str
     seed: int
+    diagnostics: dict[str, Floats] = field(default_factory=dict)
 
 
 def normalized_fraction(returns: Any, ref_min: float, ref_max: float) -> Any:
@@ -127,12 +129,15 @@ class Evaluator:
             env.close()
         self._envs.clear()
 
-    def evaluate(self, agent: Agent, episodes: int = 10, seed: int = 0) -> Result:
+    def evaluate(
+        self, agent: Agent, episodes: int = 10, seed: int = 0, diagnose: bool = False
+    ) -> Result:
         """Run `episodes` whole episodes per stacked seed with `act(obs, explore=False)`.
 
         Episode i starts from its own seed, the same for every stacked seed and whatever was
         evaluated before. A lane that ends takes the next episode of its seed, so short episodes
         are not over-represented. The training's generators and modes are left as they were.
+        `diagnose` also asks the agent for its `diagnostics` at every step.
         """
         if episodes < 1:
             raise UserError(f"an evaluation needs at least one episode, got {episodes}")
@@ -143,14 +148,15 @@ class Evaluator:
         agent.eval()
         try:
             with seeding.forked(seeding.child(seed, "evaluation")):
-                returns, lengths = self._play(agent, envs, lanes, episodes, seed)
+                returns, lengths, sums = self._play(agent, envs, lanes, episodes, seed, diagnose)
         finally:
             for module, training in modes:
                 module.training = training
         score = None
         if self.reference_scores is not None:
             score = normalized_score(returns, *self.reference_scores).mean(axis=1)
-        return Result(returns, lengths, score, self.env_id, seed)
+        diagnostics = {key: total / lengths.sum(axis=1) for key, total in sums.items()}
+        return Result(returns, lengths, score, self.env_id, seed, diagnostics)
 
     def _open(self, count: int) -> list[gymnasium.Env[Any, Any]]:
         if self.shift is not None:
@@ -175,9 +181,14 @@ class Evaluator:
         lanes: int,
         episodes: int,
         seed: int,
-    ) -> tuple[Floats, NDArray[np.int64]]:
-        """Returns and lengths (S, E). Environment k runs episodes of stacked seed k // lanes."""
+        diagnose: bool,
+    ) -> tuple[Floats, NDArray[np.int64], dict[str, Floats]]:
+        """Returns and lengths (S, E), sums of diagnostics (S,).
+
+        Environment k runs episodes of stacked seed k // lanes.
+        """
         stacked = agent.seeds
+        sums: dict[str, Floats] = {}
         starts = [seeding.child(seed, "episode", i) for i in range(episodes)]
         returns = np.zeros((stacked, episodes))
         lengths = np.zeros((stacked, episodes), dtype=np.int64)
@@ -201,7 +212,16 @@ class Evaluator:
             rows[k] = env.reset(seed=starts[episode[k]])[0]
         active = list(range(len(envs)))
         while active:
-            chosen = agent.run(agent.act, batch.to(device), False).cpu().numpy()
+            inputs = batch.to(device)
+            chosen = agent.run(agent.act, inputs, False).cpu().numpy()
+            if diagnose:
+                resting = np.ones(len(envs), bool)
+                resting[active] = False
+                for key, value in agent.run(agent.diagnostics, inputs).items():
+                    values = value.cpu().numpy().reshape(len(envs)).astype(np.float64)
+                    values[resting] = 0.0
+                    per_seed = values.reshape(stacked, lanes).sum(axis=1)
+                    sums[key] = sums.get(key, np.zeros(stacked)) + per_seed
             chosen = chosen.reshape(len(envs), *chosen.shape[1 + (stacked > 1) :])
             actions = unit.action(chosen) if unit else chosen.tolist() if discrete else chosen
             ended = []
@@ -221,7 +241,7 @@ class Evaluator:
                 else:
                     episode[k] = following
                     rows[k] = envs[k].reset(seed=starts[following])[0]
-        return returns, lengths
+        return returns, lengths, sums
 
 
 def evaluate(
@@ -233,7 +253,8 @@ def evaluate(
     reference_scores: tuple[float, float] | None = None,
     obs_pad: int = 0,
     shift: Any = None,
+    diagnose: bool = False,
 ) -> Result:
     """One evaluation in environments of its own; see `Evaluator`."""
     with Evaluator(env_id, lanes, reference_scores, obs_pad, shift) as evaluator:
-        return evaluator.evaluate(agent, episodes, seed)
+        return evaluator.evaluate(agent, episodes, seed, diagnose)

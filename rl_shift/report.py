@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from importlib import import_module
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -20,6 +21,12 @@ holds run folders, such as that of a sweep. --evaluations gives files of `rl-shi
 --json FILE`, which then take the place of the last evaluation of training. Runs that are not
 comparable are not averaged, and corrupt files are skipped; both are named and make the exit code 1.
 Pictures need matplotlib: pip install "rl_shift[report]"."""
+
+
+# Chapters about runs of a special kind, "module:function", in their order in the document. Each is
+# called with what was gathered and the folder for its pictures (None without matplotlib); it gives
+# its blocks, none where no run is of its kind, and may add to the notes.
+CHAPTERS: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -110,6 +117,9 @@ def _blocks(
     if sequences:
         body.append(Heading("Sequences of tasks"))
         body += [tables.chain(one) for one in sequences if not one.refused]
+    for chapter in CHAPTERS:
+        module, _, function = chapter.partition(":")
+        body += getattr(import_module(module), function)(found, pictures)
     body += [Heading("Cost"), tables.cost(labelled), tables.costs(labelled)]
     body.append(Heading("Data and versions"))
     body += [tables.data(made)] if made else []

@@ -19,6 +19,11 @@ from rl_shift.errors import UserError
 from rl_shift.runs import CONFIG, FORMAT, RESULTS
 
 Floats = NDArray[np.float64]
+KNOWN = {
+    "format", "status", "agent", "agent_config", "tasks", "seeds", "evaluations", "last", "best",
+    "updates", "env_steps", "wall_time_s", "updates_per_s", "compile", "precision", "threads",
+    "device", "data_mode", "versions", "errors",
+}  # fmt: skip
 WRONG = (OSError, ValueError, LookupError, TypeError, AttributeError, OverflowError)
 
 
@@ -78,6 +83,7 @@ class Run:
         data_mode: how episodes of the data are cut.
         versions: of the libraries.
         errors: of the processes that failed.
+        extra: what else its results.json holds, for chapters about runs of a special kind.
     """
 
     folder: Path
@@ -93,6 +99,7 @@ class Run:
     data_mode: str
     versions: dict[str, str]
     errors: dict[str, str]
+    extra: dict[str, Any] = field(default_factory=dict)
     final: Episodes | None = None
 
     @property
@@ -211,6 +218,7 @@ def _run(folder: Path, results: dict[str, Any]) -> Run:
         data_mode=str(results["data_mode"]),
         versions={str(k): str(v) for k, v in results["versions"].items()},
         errors={str(k): str(v) for k, v in results.get("errors", {}).items()},
+        extra={k: v for k, v in results.items() if k not in KNOWN},
     )
 
 

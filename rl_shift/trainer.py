@@ -144,8 +144,17 @@ class Trainer:
             while self.clock.updates < stage.updates:
                 self._update(self.buffer, stage)
                 self.clock.updates += 1
+                if self._converged(stage):
+                    self.clock.updates = stage.updates
                 self._after(stage, self.clock.updates, 1)
         self._stop_watch()
+
+    def _converged(self, stage: Stage) -> bool:
+        """What the agent says, where the stage asks for a check here."""
+        done, every = self.clock.updates, stage.check_every
+        if not every or (done % every and done < stage.updates):
+            return False
+        return self.agent.check(stage, done, self.buffer)
 
     def _interact(self, task: Task, stage: Stage) -> None:
         agent, clock, collector = self.agent, self.clock, self.collector

@@ -305,6 +305,9 @@ class Pusher(Agent):
     def act(self, obs, explore):
         return 0 * self.actor(obs) + self.config.force
 
+    def diagnostics(self, obs):
+        return {"force": self.act(obs, False).abs().sum(-1)}
+
     def update(self, batch):
         return self.learn("actor", self.loss, batch)
 '''
@@ -331,6 +334,9 @@ def test_compare_evaluation_time_values_of_a_users_own_agent(
     assert change["mean"] == pytest.approx(expected)
     assert change["interval"][0] < expected < change["interval"][1]
     assert none["mean"] == 0.0
+    assert [np.mean(e["diagnostics"]["force"]) for e in report["evaluations"]] == [0, 1, 0]
+    assert first["risk"]["VaR 5 %"] == first["risk"]["CVaR 5 %"] == np.min(first["returns"])
+    assert "CVaR 10 %" in out and "force 1" in out
     assert cli.main(["evaluate", "run", "--agent.batch_size", "4"]) == 2
     assert "evaluation-time fields: force" in capsys.readouterr().err
     assert cli.main(["evaluate", "run", "--compare", "force=1"]) == 2

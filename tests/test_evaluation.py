@@ -139,6 +139,20 @@ def test_equals_one_episode_at_a_time(env_id, lanes):
     assert len(batches) <= lengths.sum() / min(lanes, 23) + 2 * 30
 
 
+@pytest.mark.parametrize("weights", [WEIGHTS, [WEIGHTS, [0.0, 1.0, 0.0]]])
+def test_diagnostics_are_means_over_the_steps_that_were_played(weights):
+    agent = Fake(weights)
+    plain = evaluate(agent, COUNT, episodes=7, seed=1, lanes=3)
+    agent.diagnostics = lambda obs: {"time": obs[..., 0] * 30}
+    agent.forward = lambda obs: agent.diagnostics(obs) if told.pop(0) else agent.act(obs, False)
+    told = [False, True] * 1000  # under vmap the fake cannot tell the two questions apart
+    result = evaluate(agent, COUNT, episodes=7, seed=1, lanes=3, diagnose=True)
+    assert np.array_equal(result.returns, plain.returns) and plain.diagnostics == {}
+    lengths = result.lengths
+    expected = (lengths * (lengths - 1) / 2).sum(axis=1) / lengths.sum(axis=1)
+    assert np.allclose(result.diagnostics["time"], expected)
+
+
 def test_short_episodes_are_not_preferred():
     """The first n to finish would be the shortest; ours are the n that were drawn."""
     agent = Fake(WEIGHTS)

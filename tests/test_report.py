@@ -11,10 +11,11 @@ from typing import Any
 import numpy as np
 import pytest
 
-from rl_shift import cli, config, datasets, evaluate_command, metrics, runs
+from rl_shift import cli, config, datasets, evaluate_command, metrics, report, runs
 from rl_shift.recording import record
 from rl_shift.report_cells import Cell
-from rl_shift.report_runs import gather
+from rl_shift.report_document import Block, Heading, Paragraph
+from rl_shift.report_runs import Gathered, gather
 from rl_shift.report_sections import chains, sections
 from rl_shift.report_statistics import aggregate, bootstrapped, improvement, profile
 
@@ -442,6 +443,29 @@ def test_the_report_is_complete_and_self_contained(capsys: Told) -> None:
     ):
         assert words in text, words
     assert f"{ORIGIN}: D4RL-normalised score of the last policy" in text
+
+
+def chapter(found: Gathered, pictures: Path | None) -> list[Block]:
+    """A chapter about runs that say how tall they are."""
+    tall = [run for run in found.runs if "height" in run.extra]
+    told = [Paragraph(f"{run.agent} is {run.extra['height']} tall") for run in tall]
+    return [Heading("Heights"), *told] if told else []
+
+
+def test_chapters_say_more_about_runs_of_their_kind(
+    capsys: Told, monkeypatch: pytest.MonkeyPatch, no_pictures: None
+) -> None:
+    monkeypatch.setitem(sys.modules, "chapters_of_a_test", SimpleNamespace(chapter=chapter))
+    monkeypatch.setattr(report, "CHAPTERS", ("chapters_of_a_test:chapter",))
+    write("plain", results("a"))
+    assert cli.main(["report", "plain"]) == 0
+    assert "Heights" not in Path("report/report.md").read_text(encoding="utf-8")
+    write("tall", results("b", height=7))
+    assert cli.main(["report", "plain", "tall"]) == 0
+    text = Path("report/report.md").read_text(encoding="utf-8")
+    assert text.count("## Heights") == 1
+    assert "b is 7 tall" in text
+    assert "a is" not in text
 
 
 @pytest.mark.usefixtures("no_pictures")

@@ -53,15 +53,23 @@ class Prepared(Agent):
         prepare_updates: int = 6
         explode_after: int = 1_000_000  # updates
         poison: bool = False  # gradients instead of the loss
+        check_every: int = 0
+        enough: int = 1_000_000  # updates after which the preparation has converged
 
     def __init__(self, observation_space: Any, action_space: Any, config: Config) -> None:
         super().__init__(observation_space, action_space, config)
         self.actor = MLP(observation_space.shape[0], config.hidden, action_space.shape[0])
         self.denoiser = MLP(observation_space.shape[0], config.hidden, observation_space.shape[0])
         self.optimizer("actor", "denoiser", lr=1e-2)
+        self.checks: list[tuple[str, int]] = []
+
+    def check(self, stage: Stage, updates: int, buffer: Any) -> bool:
+        self.checks.append((stage.name, updates))
+        return updates == self.config.enough
 
     def stages(self, task: Any) -> list[Stage]:
-        first = Stage("prepare", updates=self.config.prepare_updates, counted=False)
+        every = self.config.check_every
+        first = Stage("prepare", self.config.prepare_updates, counted=False, check_every=every)
         return [first, Stage("offline", updates=task.updates)]
 
     def denoiser_loss(self, batch: Any) -> Any:
@@ -237,6 +245,18 @@ def test_preparatory_updates_are_not_part_of_the_budget(
     assert [(line["step"], line["updates"]) for line in trained] == [
         (6 + n, n) for n in (2, 4, 6, 8, 10)
     ]
+
+
+@pytest.mark.parametrize(("enough", "checks"), [(4, [2, 4]), (100, [2, 4, 6, 7])])
+def test_a_stage_ends_early_where_its_check_says_so(
+    enough: int, checks: list[int], datasets: list[str]
+) -> None:
+    task = {"tasks.0.dataset": datasets[0], "tasks.0.updates": 3}
+    settings = {"agent.prepare_updates": 7, "agent.check_every": 2, "agent.enough": enough}
+    trainer = trained(PREPARED, **task, **settings)
+    assert trainer.agent.checks == [("prepare", n) for n in checks]
+    assert trainer.clock.counted_updates == 3
+    assert trainer.clock.total_updates == checks[-1] + 3
 
 
 @pytest.mark.parametrize(
