@@ -8,6 +8,7 @@ only a new task's own layers and forgets exactly nothing.
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Callable
 from functools import partial
 
@@ -25,29 +26,50 @@ _CHUNK = 32  # states whose gradients are held at once
 
 
 class Retention(nn.Module):
-    """Nothing is kept: fine-tuning.
+    """Nothing is kept but, where asked for, what old heads say about the new task's states.
+
+    c_a mean_j E_{s ~ D_n} mean_d (pi_j(s) - pi_j^before(s))^2, learning without forgetting (Li and
+    Hoiem, 2016) as a regression. Observations of another size are cut or padded to fit a head.
 
     Attributes:
-        coefficient: weight of the term.
+        coefficient: weight of what a subclass adds.
+        anchor: weight c_a.
+        before: the policy as it was when the task began; absent in the first task.
         remembers: whether a memory of old tasks is needed.
     """
 
     remembers = False
 
-    def __init__(self, coefficient: float) -> None:
+    def __init__(self, coefficient: float, anchor: float = 0.0) -> None:
         super().__init__()
-        self.coefficient = coefficient
+        self.coefficient, self.anchor = coefficient, anchor
+        self.before: MultiHead | None = None
 
     def loss(self, policy: MultiHead, batch: Batch) -> Tensor:
-        """The term added to the loss of the policy, ()."""
-        return next(policy.parameters()).new_zeros(())
+        """The term added to the loss of the policy, (); `batch["state"]` is normalised."""
+        if self.before is None or not self.anchor:
+            return next(policy.parameters()).new_zeros(())
+        return self.anchor * self.shift(policy, batch["state"])
+
+    def shift(self, policy: MultiHead, state: Tensor) -> Tensor:
+        """Mean squared change of the old heads' actions at these states since the task began."""
+        changes = [
+            (policy(policy.fitted(state, j), j) - self.before(policy.fitted(state, j), j))
+            .square()
+            .mean()
+            for j in range(len(policy.heads))
+            if self.before is not None and j != policy.current
+        ]
+        return torch.stack(changes).mean() if changes else state.new_zeros(())
 
     def transform(self, policy: MultiHead, batch: Batch) -> Transform | None:
         """The change of the policy's gradient, if any."""
         return None
 
     def extend(self, policy: MultiHead, old: int) -> None:
-        """Make room for a policy that has learnt `old` tasks and got a new head."""
+        """A task begins: `policy` has learnt `old` tasks, and its current head is for this one."""
+        if old:
+            self.before = copy.deepcopy(policy)
 
     def observe(self, policy: MultiHead, optimizer: torch.optim.Optimizer) -> None:
         """Look at the last step; called before every update, outside compiled units."""
@@ -63,9 +85,10 @@ class Replay(Retention):
 
     def loss(self, policy: MultiHead, batch: Batch) -> Tensor:
         """Regression on the memory; 0 for the first task."""
+        loss = super().loss(policy, batch)
         if not any(key.startswith("memory") for key in batch):
-            return super().loss(policy, batch)
-        return self.coefficient * replay_loss(policy, batch)
+            return loss
+        return loss + self.coefficient * replay_loss(policy, batch)
 
 
 class AGEM(Retention):
@@ -74,7 +97,7 @@ class AGEM(Retention):
     remembers = True
 
     def transform(self, policy: MultiHead, batch: Batch) -> Transform | None:
-        """g - (g . r) / (r . r) r where g . r < 0, r the gradient of the replay loss."""
+        """Projects: g - (g . r) / (r . r) r where g . r < 0, r the gradient of the replay loss."""
         if not any(key.startswith("memory") for key in batch):
             return None
         return partial(_projected, policy, batch)
@@ -141,11 +164,14 @@ class Quadratic(Retention):
             for k, p in policy.named_parameters()
             if hasattr(self, _name("weight", k))
         ]
-        zero = super().loss(policy, batch)
-        return 0.5 * self.coefficient * torch.stack([zero, *terms]).sum()
+        loss = super().loss(policy, batch)
+        if not terms:
+            return loss
+        return loss + 0.5 * self.coefficient * torch.stack(terms).sum()
 
     def extend(self, policy: MultiHead, old: int) -> None:
         """Weights and values of the parameters of the old tasks; 0 until `finish` sets them."""
+        super().extend(policy, old)
         if old:
             new = f"heads.{policy.current}."
             entrance = policy.entrance[policy.current]
@@ -182,7 +208,7 @@ def _name(kind: str, key: str) -> str:
 
 
 class EWC(Quadratic):
-    """w = diagonal Fisher information of a Gaussian policy of unit variance: E_s sum_d (dpi_d)^2."""
+    """w = diagonal Fisher information of a Gaussian policy of variance 1: E_s sum_d (dpi_d)^2."""
 
     def weights(self, policy: MultiHead, obs: Tensor) -> dict[str, Tensor]:
         """Squared gradients of every action dimension, averaged over states."""

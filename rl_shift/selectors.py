@@ -200,7 +200,9 @@ class RollOuts:
     def _fill(self) -> None:
         """The unused rows nearest to those visited; random ones where nothing was."""
         while (missing := self.budget - len(self.visited)) > 0:
-            about = self.obs[self.visited[:missing] or self.generator.integers(len(self.obs), size=1)]
+            about = self.obs[
+                self.visited[:missing] or self.generator.integers(len(self.obs), size=1)
+            ]
             rows, _ = self.nearest(about.astype(np.float64), self.used)
             self.used[rows] = True
             self.visited += rows.tolist()
@@ -213,14 +215,14 @@ class RollOuts:
         return self.kept
 
     def save(self) -> dict[str, Any]:
-        """What `load` needs, as plain values and arrays."""
+        """What `load` needs, as plain values and tensors."""
         return {
-            "visited": np.array(self.visited, dtype=np.int64),
-            "kept": self.kept,
+            "visited": torch.tensor(self.visited, dtype=torch.int64),
+            "kept": None if self.kept is None else torch.from_numpy(self.kept),
             "begun": self.begun,
             "filled": self.filled,
-            "age": self.age.copy(),
-            "state": self.state.copy(),
+            "age": torch.from_numpy(self.age.copy()),
+            "state": torch.from_numpy(self.state.copy()),
             "generator": self.generator.bit_generator.state,
         }
 
@@ -228,9 +230,9 @@ class RollOuts:
         """Go on where `save` was called; the sources must be the same."""
         self.visited = saved["visited"].tolist()
         self.used[self.visited] = True
-        self.kept = saved["kept"]
+        self.kept = None if saved["kept"] is None else saved["kept"].numpy()
         self.begun, self.filled = saved["begun"], saved["filled"]
-        self.age, self.state = saved["age"].copy(), saved["state"].copy()
+        self.age, self.state = saved["age"].numpy().copy(), saved["state"].numpy().copy()
         self.generator.bit_generator.state = saved["generator"]
 
 
@@ -256,11 +258,11 @@ class Ranking:
 
     def save(self) -> dict[str, Any]:
         """The order, once it is known."""
-        return {"order": self._order}
+        return {"order": None if self._order is None else torch.from_numpy(self._order)}
 
     def load(self, saved: dict[str, Any]) -> None:
         """Take back what `save` gave."""
-        self._order = saved["order"]
+        self._order = None if saved["order"] is None else saved["order"].numpy()
 
 
 Selection = RollOuts | Ranking
@@ -415,9 +417,7 @@ def _largest(values: Floats, budget: int) -> Indices:
     return np.argsort(-values, kind="stable")[:budget]
 
 
-def _pool(
-    sources: Sources, budget: int, generator: np.random.Generator
-) -> tuple[Indices, Floats]:
+def _pool(sources: Sources, budget: int, generator: np.random.Generator) -> tuple[Indices, Floats]:
     """Random rows and their whitened observations, (pool,) and (pool, obs)."""
     obs = sources.data.arrays()["obs"]
     size = min(len(obs), max(_POOL, 4 * budget))

@@ -39,7 +39,8 @@ CORE_MAY_IMPORT: dict[str, set[str]] = {
     "cli": {"errors"},
 }
 AGENTS_MAY_IMPORT = {
-    "agent", "agents", "buffer", "diffusion", "dynamics", "errors", "networks", "seeding",
+    "agent", "agents", "buffer", "continual", "diffusion", "dynamics", "errors", "networks",
+    "retention", "seeding", "selectors",
 }  # fmt: skip
 ENVS_MAY_IMPORT = {"envs", "errors", "seeding"}
 COMMANDS = {"cli", "commands", "data_commands", "demo", "evaluate_command", "worker"}
