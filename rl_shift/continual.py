@@ -59,6 +59,19 @@ class MultiHead(nn.Module):
         for theirs, mine in layers:
             mine.load_state_dict(theirs.state_dict())
 
+    def start_from_best(self, obs: Tensor, action: Tensor) -> None:
+        """The current path becomes that of the old task whose actions agree best with the data's.
+
+        Args:
+            obs: (B, obs) normalised observations of the current task.
+            action: (B, action) of the data.
+        """
+        alike = [j for j in range(self.current) if self.sizes[j] == self.sizes[self.current]]
+        with torch.no_grad():
+            errors = [float((self(obs, j) - action).square().mean()) for j in alike]
+        if alike:
+            self.copy_head(alike[errors.index(min(errors))], self.current)
+
     def forward(self, obs: Tensor, task: int | None = None) -> Tensor:
         """(B, obs) normalised -> (B, action) in [-1, 1]."""
         return self.together([(self.current if task is None else task, obs)])[0]
@@ -68,7 +81,7 @@ class MultiHead(nn.Module):
         x = torch.cat([self.inputs[self.entrance[task]](obs) for task, obs in parts])
         for layer in self.trunk:
             x = layer(F.relu(x))
-        pieces = F.relu(x).split([len(obs) for _, obs in parts])
+        pieces = torch.split(F.relu(x), [len(obs) for _, obs in parts])
         return [
             torch.tanh(self.heads[task](piece))
             for (task, _), piece in zip(parts, pieces, strict=True)
@@ -135,6 +148,26 @@ class Memory:
         for task, part in saved.items():
             self.store(int(task), {key: rows.to(device) for key, rows in part["rows"].items()})
             self.parts[int(task)].load_state(part["streams"])
+
+
+def some_rows(buffer: Buffer, most: int = 2000) -> Tensor:
+    """Row numbers spread evenly over the data, without drawing from any stream."""
+    step = max(1, len(buffer) // most)
+    return torch.arange(0, len(buffer), step, device=buffer.device)[:most]
+
+
+def td_error(learner: Any, rows: Batch) -> Tensor:
+    """|r + gamma min Q'(s', mu(s')) - mean Q(s, a)| of an actor-critic's twin critics, (B,).
+
+    Args:
+        learner: an agent with `critic`, `target_critic` and `config.discount`.
+        rows: raw transitions, (B, ...).
+    """
+    batch = learner.normalizer.batch(rows)
+    value = learner.target_critic(batch["next_obs"], learner.act(rows["next_obs"], False))
+    target = rows["reward"] + learner.config.discount * ~rows["terminated"] * value.amin(0)
+    error: Tensor = (learner.critic(batch["obs"], rows["action"]).mean(0) - target).abs()
+    return error
 
 
 def replayed(batch: Batch) -> list[tuple[int, Tensor, Tensor]]:

@@ -222,7 +222,7 @@ class EWC(Quadratic):
         states = obs[:_STATES]
         for dimension in range(policy.sizes[policy.current][1]):
             per_state = vmap(grad(partial(action, dimension=dimension)), in_dims=(None, 0))
-            for chunk in states.split(_CHUNK):
+            for chunk in torch.split(states, _CHUNK):
                 for k, g in per_state(parameters, chunk).items():
                     total[k] += g.square().sum(0) / len(states)
         return total

@@ -242,7 +242,9 @@ class Ranking:
     begun = filled = 0
 
     def __init__(self, rank: Rank, sources: Sources, budget: int, generator: Any) -> None:
-        self._rank = lambda: rank(sources, min(budget, len(sources.data)), generator)
+        self._rank: Callable[[], Indices] = lambda: rank(
+            sources, min(budget, len(sources.data)), generator
+        )
         self._order: Indices | None = None
 
     def advance(self, share: float) -> None:
@@ -395,6 +397,36 @@ def make(
     return Ranking(rank, sources, budget, generator)
 
 
+class InSteps:
+    """A selection divided into steps, which a checkpoint may interrupt.
+
+    Attributes:
+        steps: done so far.
+    """
+
+    def __init__(self) -> None:
+        self.steps = 0
+        self.selection: Selection | None = None
+        self._saved: dict[str, Any] = {}
+
+    def open(self, begin: Callable[[], Selection]) -> Selection:
+        """The selection; where there is none yet, `begin` makes it and what was saved goes on."""
+        if self.selection is None:
+            self.selection = begin()
+            if self._saved:
+                self.selection.load(self._saved)
+        return self.selection
+
+    def save(self) -> dict[str, Any]:
+        """What `load` needs."""
+        inner = self.selection.save() if self.selection is not None else self._saved
+        return {"steps": self.steps, "selection": inner}
+
+    def load(self, saved: dict[str, Any]) -> None:
+        """Go on where `save` was called, once `open` brings the data."""
+        self.steps, self._saved, self.selection = saved["steps"], saved["selection"], None
+
+
 # ---- parts -------------------------------------------------------------------------------------
 
 
@@ -409,7 +441,7 @@ def disagreement(sources: Sources) -> Floats:
 
 def _blocked(data: Buffer, fn: Callable[[Batch], Tensor]) -> Floats:
     """`fn` on blocks of rows, (rows,)."""
-    blocks = torch.arange(len(data), device=data.device).split(_BLOCK)
+    blocks = torch.split(torch.arange(len(data), device=data.device), _BLOCK)
     return torch.cat([fn(data.take(block)) for block in blocks]).double().cpu().numpy()
 
 
