@@ -115,6 +115,10 @@ class GaussianActor(DeterministicActor):
         self.log_std = nn.Parameter(torch.zeros(action))
         self.log_std_range = log_std_range
 
+    def std(self) -> Tensor:
+        """Standard deviations, (action,), the same in every state."""
+        return self.log_std.clamp(*self.log_std_range).exp()
+
     def log_prob(self, obs: Tensor, action: Tensor, drop: bool = False) -> Tensor:
         """Log of N(action; mean, std) summed over action dimensions, (B,)."""
         log_std = self.log_std.clamp(*self.log_std_range)
@@ -124,8 +128,7 @@ class GaussianActor(DeterministicActor):
     def sample(self, obs: Tensor) -> Tensor:
         """One action per state, clipped to the box, (B, action)."""
         mean = self(obs)
-        std = self.log_std.clamp(*self.log_std_range).exp()
-        return (mean + std * torch.randn_like(mean)).clamp(-1, 1)
+        return (mean + self.std() * torch.randn_like(mean)).clamp(-1, 1)
 
 
 class TanhGaussianActor(nn.Module):
@@ -146,10 +149,14 @@ class TanhGaussianActor(nn.Module):
         """The mode-like action tanh(mean(s)), (B, action)."""
         return torch.tanh(self.net(obs).chunk(2, -1)[0])
 
+    def gaussian(self, obs: Tensor) -> tuple[Tensor, Tensor]:
+        """Mean and log-std of u, (B, action) each."""
+        mean, log_std = self.net(obs).chunk(2, -1)
+        return mean, log_std.clamp(*self.log_std_range)
+
     def sample(self, obs: Tensor) -> tuple[Tensor, Tensor]:
         """Reparametrised action (B, action) and its log-density (B,)."""
-        mean, log_std = self.net(obs).chunk(2, -1)
-        log_std = log_std.clamp(*self.log_std_range)
+        mean, log_std = self.gaussian(obs)
         noise = torch.randn_like(mean)
         u = mean + log_std.exp() * noise
         # log(1 - tanh(u)^2) in a form that neither overflows nor cancels

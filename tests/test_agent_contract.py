@@ -374,6 +374,17 @@ def test_an_unsupported_space_is_refused_by_name(name: str) -> None:
             kind(*pair, config_of(kind))
 
 
+@each_agent
+def test_the_policy_is_the_distribution_behind_the_actions(name: str, on: str) -> None:
+    agent = make(name, on)
+    agent.begin_task(toy_task(on), data_for(agent, on))
+    obs = torch.from_numpy(arrays(on)["obs"][:3])
+    action, policy = agent.run(agent.act, obs, False), agent.run(agent.policy, obs)
+    greedy = policy.mean.tanh() if policy.squashed else policy.mean
+    assert torch.equal(action, greedy)
+    assert policy.std is None or (policy.std > 0).all()
+
+
 # ---- 2, 9: an update ---------------------------------------------------------------------------
 
 
