@@ -13,6 +13,7 @@ dataset keeps all of it.
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
@@ -50,7 +51,7 @@ class OER(Agent):
     """
 
     stackable = False
-    reusable: ClassVar[dict[str, tuple[str, ...]]] = {"learners": ()}
+    reusable: ClassVar[Mapping[str, tuple[str, ...]]] = {"learners": ()}
 
     @dataclass(frozen=True)
     class Config:

@@ -18,7 +18,7 @@ from typing import Any
 import numpy as np
 import torch
 from numpy.typing import NDArray
-from scipy.spatial import cKDTree
+from scipy.spatial import KDTree
 from torch import Tensor
 
 from rl_shift.buffer import Batch, Buffer
@@ -81,7 +81,7 @@ class Nearest:
         if extra is not None:
             self.points = np.concatenate([self.points, extra[:, None]], axis=1)
         # Balanced trees cost twice the time to build, and more to search, on trajectories.
-        self.tree = cKDTree(self.points, balanced_tree=False, compact_nodes=False)
+        self.tree = KDTree(self.points, balanced_tree=False, compact_nodes=False)
 
     def neighbour_distance(self, quantile: float, generator: np.random.Generator) -> float:
         """Quantile of the distances between rows and their nearest other rows (2,000 rows)."""
@@ -102,7 +102,8 @@ class Nearest:
         found = np.full(len(queries), -1, dtype=np.int64)
         distances = np.full(len(queries), np.inf)
         taken: set[int] = set()
-        pending, k = list(range(len(queries))), 4
+        pending = np.isfinite(queries).all(axis=1).nonzero()[0].tolist()
+        k = 4
         while pending:
             k = min(k, len(self.points))
             near, rows = self.tree.query(queries[pending], k=[*range(1, k + 1)])
@@ -186,7 +187,7 @@ class RollOuts:
         expected = predicted.double().cpu().numpy()
         rows, distances = self.nearest(expected, self.used)
         for lane, (row, distance) in enumerate(zip(rows, distances, strict=True)):
-            if row < 0 or not distance <= self.limit:  # also where the model gives NaN
+            if row < 0 or distance > self.limit:  # -1 also where the model gives NaN
                 self._begin(lane)
                 continue
             self.used[row] = True

@@ -199,10 +199,10 @@ def test_replay_keeps_the_old_policy() -> None:
         agent = make(memory_batch=64, memory=100, learning_rate=1e-2, **settings)
         obs = data_of().take(torch.arange(100))["obs"]
         with seeding.forked(1):
-            learn(agent, task_of("one", updates=30), data_of())
+            learn(agent, task_of("one", updates=20), data_of())
             before = agent.run(agent.act, obs, False)
-            learn(agent, task_of("two", updates=60), data_of(shift=2.0))
-        agent.focus(task_of("one", updates=30))
+            learn(agent, task_of("two", updates=40), data_of(shift=2.0))
+        agent.focus(task_of("one", updates=20))
         return float((agent.run(agent.act, obs, False) - before).square().mean())
 
     tuned = moved(coefficient=0.0)
@@ -333,7 +333,7 @@ def test_the_presets_are_sequences() -> None:
 def test_a_later_task_that_no_head_can_serve_is_refused_before_training() -> None:
     from gymnasium.spaces import Discrete
 
-    run = config.make("oer", overrides={"dataset": "a.hdf5", "updates": 1})
+    run = config.make("oer", overrides={"tasks.0.dataset": "a.hdf5", "tasks.0.updates": 1})
     discrete = Task(**{**vars(task_of("clicks")), "action_space": Discrete(3)})
     with pytest.raises(UnsupportedSpace, match="clicks"):
         runs.make_agent(run, [task_of("one"), discrete])
