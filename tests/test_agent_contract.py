@@ -38,10 +38,9 @@ SPACES: dict[str, tuple[Any, Any]] = {
 }
 NO_AGENT_TAKES = (spaces.Dict(text=spaces.Text(4)), spaces.MultiDiscrete([2, 3]))
 # What makes an agent small, where it has such a field; so are the budgets of preparatory stages.
-SMALL = {
-    "hidden": (8,), "batch_size": 8, "warmup_steps": 4, "buffer_capacity": 64,
-    "dynamics_hidden": (8,), "dynamics_members": 2,
-}  # fmt: skip
+SMALL: dict[str, Any] = {"hidden": (8,), "batch_size": 8, "warmup_steps": 4, "buffer_capacity": 64}
+SMALL |= {"features": 8, "rollout": 16, "epochs": 1}
+SMALL |= {"dynamics_hidden": (8,), "dynamics_members": 2}
 BUDGET = 7
 
 
@@ -467,8 +466,9 @@ def test_learn_changes_what_it_names_and_polyak_its_target_and_nothing_else_chan
     assert calls["learn"] > 0
     assert_equal(last, snapshot(agent))
     learnt = {p + n for p, a in agent.prefixed() for n in a.optimizers}
-    for key in {k for k, _ in agent.named_parameters()} & start.keys():
-        owned = any(key.startswith(n + ".") for n in learnt)
+    parameters = dict(agent.named_parameters())
+    for key in start:
+        owned = key in parameters and any(key.startswith(n + ".") for n in learnt)
         if owned and seeds == 1 and mode == "off":
             assert not torch.equal(start[key], last[key]), f"{key} has an optimiser and stays"
 
