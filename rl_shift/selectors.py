@@ -102,11 +102,12 @@ class Nearest:
         found = np.full(len(queries), -1, dtype=np.int64)
         distances = np.full(len(queries), np.inf)
         taken: set[int] = set()
-        pending = np.isfinite(queries).all(axis=1).nonzero()[0].tolist()
+        pending = [k for k, query in enumerate(queries) if np.isfinite(query).all()]
         k = 4
         while pending:
             k = min(k, len(self.points))
-            near, rows = self.tree.query(queries[pending], k=[*range(1, k + 1)])
+            asked = self.tree.query(queries[pending], k=[*range(1, k + 1)])
+            near, rows = np.asarray(asked[0]), np.asarray(asked[1])
             left = []
             for query, distance, candidates in zip(pending, near, rows, strict=True):
                 for d, row in zip(distance, candidates, strict=True):
