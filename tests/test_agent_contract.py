@@ -38,7 +38,19 @@ SPACES: dict[str, tuple[Any, Any]] = {
 }
 NO_AGENT_TAKES = (spaces.Dict(text=spaces.Text(4)), spaces.MultiDiscrete([2, 3]))
 # What makes an agent small, where it has such a field; so are the budgets of preparatory stages.
-SMALL = {"hidden": (8,), "batch_size": 8, "warmup_steps": 4, "buffer_capacity": 64}
+SMALL = {
+    "hidden": (8,),
+    "batch_size": 8,
+    "warmup_steps": 4,
+    "buffer_capacity": 64,
+    "window": 8,
+    "windows": 14,
+    "width": 8,
+    "denoiser_batch": 4,
+    "steps": 3,
+    "network": "mlp",
+    "depth": 1,
+}
 BUDGET = 7
 
 
@@ -464,7 +476,7 @@ def test_learn_changes_what_it_names_and_polyak_its_target_and_nothing_else_chan
     assert calls["learn"] > 0
     assert_equal(last, snapshot(agent))
     learnt = {p + n for p, a in agent.prefixed() for n in a.optimizers}
-    for key in start:
+    for key, _ in agent.named_parameters():
         owned = any(key.startswith(n + ".") for n in learnt)
         if owned and seeds == 1 and mode == "off":
             assert not torch.equal(start[key], last[key]), f"{key} has an optimiser and stays"
@@ -783,8 +795,8 @@ def test_observations_are_normalised_once(name: str) -> None:
     for stage in agent.stages(task):
         for inner in agent.contained():
             inner.stage = stage.name
-        seen.clear()
         batch = agent.sample(data)
+        seen.clear()
         for key in ("obs", "next_obs"):
             batch[key] = raw.expand_as(batch[key])
         for _ in range(agent.delay):

@@ -39,7 +39,8 @@ CORE_MAY_IMPORT: dict[str, set[str]] = {
     "cli": {"errors"},
 }
 AGENTS_MAY_IMPORT = {
-    "agent", "agents", "buffer", "diffusion", "dynamics", "errors", "networks", "seeding",
+    "agent", "agents", "buffer", "denoisers", "diffusion", "dynamics", "errors", "guidance",
+    "networks", "seeding", "synthetic", "trajectories",
 }  # fmt: skip
 ENVS_MAY_IMPORT = {"envs", "errors", "seeding"}
 COMMANDS = {"cli", "commands", "data_commands", "demo", "evaluate_command", "worker"}
