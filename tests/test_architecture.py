@@ -30,8 +30,15 @@ CORE_MAY_IMPORT: dict[str, set[str]] = {
     "networks": {"errors"},
     "metrics": {"errors"},
     "buffer": {"errors", "seeding"},
+    "running": set(),
+    "online_networks": {"networks"},
+    "priorities": set(),
+    "curiosity": {"networks", "online_networks", "running"},
     "diffusion": {"errors", "networks"},
     "dynamics": {"errors", "networks", "seeding"},
+    "score": set(),
+    "held_out": {"errors", "buffer"},
+    "inverse_dynamics": {"networks", "buffer"},
     # config: begun tasks of a checkpoint become Task again; agents: a wrapper names its base
     "learner": set(),
     "agent": {"errors", "seeding", "networks", "buffer", "learner", "config", "agents"},
@@ -39,8 +46,9 @@ CORE_MAY_IMPORT: dict[str, set[str]] = {
     "cli": {"errors"},
 }
 AGENTS_MAY_IMPORT = {
-    "agent", "agents", "buffer", "denoisers", "diffusion", "dynamics", "errors", "guidance",
-    "networks", "seeding", "synthetic", "trajectories",
+    "agent", "agents", "buffer", "curiosity", "denoisers", "diffusion", "dynamics", "errors",
+    "guidance", "held_out", "inverse_dynamics", "networks", "online_networks", "priorities",
+    "running", "score", "seeding", "synthetic", "trajectories",
 }  # fmt: skip
 ENVS_MAY_IMPORT = {"envs", "errors", "seeding"}
 COMMANDS = {"cli", "commands", "data_commands", "demo", "evaluate_command", "worker"}

@@ -207,4 +207,4 @@ def test_a_small_denoiser_learns_a_line_of_data(kind: str) -> None:
         x = Sampler(12)(denoiser, torch.randn(256, 4, 2)) * pattern
     spread = x.std((1, 2)).mean() / x.mean((1, 2)).std()
     assert spread < 0.4  # of unrelated numbers: more than 2
-    assert x.mean((1, 2)).std() == pytest.approx(1.0, abs=0.3)
+    assert x.mean((1, 2)).std() == pytest.approx(1.0, abs=0.4)
