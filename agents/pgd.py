@@ -148,12 +148,12 @@ class PGD(Wrapper):
         if not guided:
             return self.sampler(self.averaged, noise)
         return self.form.sample(
-            self.sampler, self.averaged, noise, self.codec, self.base.policy, self.coefficient
+            self.sampler, self.averaged, noise, self.codec, self.base.distribution, self.coefficient
         )
 
     def deviation(self, rows: Batch) -> Tensor:
         """Root mean square of action - policy, ()."""
-        at = self.base.policy(rows["obs"])
+        at = self.base.distribution(rows["obs"])
         mean = at.mean.tanh() if at.squashed else at.mean
         return (rows["action"] - mean).square().mean().sqrt()
 
@@ -175,7 +175,7 @@ class PGD(Wrapper):
         rows = self.codec.transitions(x)
         endings = self.codec.endings(x)
         synthetic.extend({key: torch.cat([rows[key], endings[key]]) for key in rows})
-        rows["log_likelihood"] = log_likelihood(self.base.policy(rows["obs"]), rows["action"])
+        rows["log_likelihood"] = log_likelihood(self.base.distribution(rows["obs"]), rows["action"])
         return rows
 
     def block(self, fraction: float) -> int:

@@ -38,24 +38,10 @@ SPACES: dict[str, tuple[Any, Any]] = {
 }
 NO_AGENT_TAKES = (spaces.Dict(text=spaces.Text(4)), spaces.MultiDiscrete([2, 3]))
 # What makes an agent small, where it has such a field; so are the budgets of preparatory stages.
-<<<<<<< HEAD
-SMALL = {
-    "hidden": (8,),
-    "batch_size": 8,
-    "warmup_steps": 4,
-    "buffer_capacity": 64,
-    "window": 8,
-    "windows": 14,
-    "width": 8,
-    "denoiser_batch": 4,
-    "steps": 3,
-    "network": "mlp",
-    "depth": 1,
-}
-=======
 SMALL: dict[str, Any] = {"hidden": (8,), "batch_size": 8, "warmup_steps": 4, "buffer_capacity": 64}
 SMALL |= {"features": 8, "rollout": 16, "epochs": 1}
->>>>>>> main
+SMALL |= {"window": 8, "windows": 14, "width": 8, "depth": 1, "steps": 3}  # of diffusion
+SMALL |= {"denoiser_batch": 4, "network": "mlp"}
 BUDGET = 7
 
 
@@ -393,7 +379,7 @@ def test_the_policy_is_the_distribution_behind_the_actions(name: str, on: str) -
     agent = make(name, on)
     agent.begin_task(toy_task(on), data_for(agent, on))
     obs = torch.from_numpy(arrays(on)["obs"][:3])
-    action, policy = agent.run(agent.act, obs, False), agent.run(agent.policy, obs)
+    action, policy = agent.run(agent.act, obs, False), agent.run(agent.distribution, obs)
     greedy = policy.mean.tanh() if policy.squashed else policy.mean
     assert torch.equal(action, greedy)
     assert policy.std is None or (policy.std > 0).all()
@@ -481,14 +467,9 @@ def test_learn_changes_what_it_names_and_polyak_its_target_and_nothing_else_chan
     assert calls["learn"] > 0
     assert_equal(last, snapshot(agent))
     learnt = {p + n for p, a in agent.prefixed() for n in a.optimizers}
-<<<<<<< HEAD
-    for key, _ in agent.named_parameters():
-        owned = any(key.startswith(n + ".") for n in learnt)
-=======
     parameters = dict(agent.named_parameters())
     for key in start:
         owned = key in parameters and any(key.startswith(n + ".") for n in learnt)
->>>>>>> main
         if owned and seeds == 1 and mode == "off":
             assert not torch.equal(start[key], last[key]), f"{key} has an optimiser and stays"
 
