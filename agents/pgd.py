@@ -72,7 +72,7 @@ class PGD(Wrapper):
         # generation
         windows: int = 8192  # per full generation
         synthesis_updates: int = 8  # blocks in which it is done
-        steps: int = 32  # ours; 256
+        sampler_steps: int = 32  # ours; 256
         solver: Solver = "heun"  # dpm: half the calls
         churn: float = 0.0  # ours; 80
         guidance: Form = "curvature"  # ours; additive
@@ -105,7 +105,7 @@ class PGD(Wrapper):
         self.averaged = copy.deepcopy(self.behaviour)
         self.optimizer("behaviour", lr=c.learning_rate, schedule="cosine", clip=c.clip)
         self.register_buffer("coefficient", torch.tensor(c.coefficient))
-        self.sampler = Sampler(c.steps, c.solver, c.churn)
+        self.sampler = Sampler(c.sampler_steps, c.solver, c.churn)
         self.form = Guidance(c.guidance, c.norm, c.denoised, c.bump, c.invariant)
         self.starts = torch.zeros(0, dtype=torch.int64)
         self.synthetic: Synthetic | None = None

@@ -40,7 +40,7 @@ NO_AGENT_TAKES = (spaces.Dict(text=spaces.Text(4)), spaces.MultiDiscrete([2, 3])
 # What makes an agent small, where it has such a field; so are the budgets of preparatory stages.
 SMALL: dict[str, Any] = {"hidden": (8,), "batch_size": 8, "warmup_steps": 4, "buffer_capacity": 64}
 SMALL |= {"features": 8, "rollout": 16, "epochs": 1}
-SMALL |= {"window": 8, "windows": 14, "width": 8, "depth": 1, "steps": 3}  # of diffusion
+SMALL |= {"window": 8, "windows": 14, "width": 8, "depth": 1, "sampler_steps": 3}
 SMALL |= {"denoiser_batch": 4, "network": "mlp"}
 BUDGET = 7
 
