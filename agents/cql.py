@@ -39,7 +39,7 @@ class CQL(SAC):
     """
 
     @dataclass(frozen=True)
-    class Config:
+    class Config:  # pyright: ignore[reportIncompatibleVariableOverride]
         """Hyper-parameters of CQL; CORL's values for MuJoCo."""
 
         batch_size: int = 256

@@ -28,7 +28,7 @@ class ReBRAC(TD3BC):
     columns = ("next_action",)
 
     @dataclass(frozen=True)
-    class Config:
+    class Config:  # pyright: ignore[reportIncompatibleVariableOverride]
         """Hyper-parameters of ReBRAC; CORL's values for hopper-medium."""
 
         batch_size: int = 1024  # CORL on MuJoCo; 256 elsewhere

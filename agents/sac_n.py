@@ -28,7 +28,7 @@ class SACN(SAC):
     """
 
     @dataclass(frozen=True)
-    class Config:
+    class Config:  # pyright: ignore[reportIncompatibleVariableOverride]
         """Hyper-parameters of SAC-N and EDAC; CORL's values for halfcheetah-medium."""
 
         batch_size: int = 256
