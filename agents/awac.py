@@ -14,7 +14,7 @@ from typing import Any
 from gymnasium.spaces import Space
 from torch import Tensor
 
-from rl_shift.agent import Agent, Batch, Metrics
+from rl_shift.agent import Agent, Batch, Metrics, Policy
 from rl_shift.networks import EnsembleCritic, GaussianActor
 
 
@@ -73,6 +73,10 @@ class AWAC(Agent):
         """(N, obs) -> (N, action): the mean, or a sample when exploring."""
         obs = self.normalizer(obs)
         return self.actor.sample(obs) if explore else self.actor(obs).clamp(-1, 1)
+
+    def policy(self, obs: Tensor) -> Policy:
+        """(N, obs) -> the Gaussian, its mean as it is before the clip."""
+        return Policy(self.actor(self.normalizer(obs)), self.actor.std())
 
     def update(self, batch: Batch) -> Metrics:
         """Critics, actor, target."""

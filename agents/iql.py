@@ -14,7 +14,7 @@ import torch
 from gymnasium.spaces import Space
 from torch import Tensor
 
-from rl_shift.agent import Agent, Batch, Metrics
+from rl_shift.agent import Agent, Batch, Metrics, Policy
 from rl_shift.networks import Critic, GaussianActor, Value
 
 
@@ -102,6 +102,12 @@ class IQL(Agent):
         if explore and not self.config.deterministic:
             return self.actor.sample(obs)
         return self.actor(obs)
+
+    def policy(self, obs: Tensor) -> Policy:
+        """(N, obs) -> the Gaussian that the actor maximises."""
+        if self.config.deterministic:
+            return super().policy(obs)
+        return Policy(self.actor(self.normalizer(obs)), self.actor.std())
 
     def update(self, batch: Batch) -> Metrics:
         """Actor, critic, value (CORL), or value, actor, critic (official); then the target."""

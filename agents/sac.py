@@ -14,7 +14,7 @@ from typing import Any
 from gymnasium.spaces import Space
 from torch import Tensor
 
-from rl_shift.agent import Agent, Batch, Metrics
+from rl_shift.agent import Agent, Batch, Metrics, Policy
 from rl_shift.networks import ActionValues, Critic, Scalar, TanhGaussianActor
 
 
@@ -93,6 +93,11 @@ class SAC(Agent):
         """(N, obs) -> (N, action): a sample when exploring, else tanh of the mean."""
         obs = self.normalizer(obs)
         return self.actor.sample(obs)[0] if explore else self.actor(obs)
+
+    def policy(self, obs: Tensor) -> Policy:
+        """(N, obs) -> the Gaussian before the tanh."""
+        mean, log_std = self.actor.gaussian(self.normalizer(obs))
+        return Policy(mean, log_std.exp(), squashed=True)
 
     def update(self, batch: Batch) -> Metrics:
         """Critics, actor, temperature, target."""

@@ -19,6 +19,13 @@ from rl_shift.seeding import child
 
 __all__ = ["env_state", "make", "make_env", "set_env_state"]
 
+# Made only when asked for; Gymnasium knows them once this module is imported.
+for _name, _entry_point in {
+    "JellyBean": "rl_shift.envs.jellybean:JellyBean",
+    "InfCartPole": "rl_shift.envs.cartpole:InfCartPole",
+}.items():
+    gymnasium.register(f"rl_shift/{_name}-v0", entry_point=_entry_point)
+
 # Gymnasium prints this for every `-v4` id; those are the ones that match D4RL's simulator best.
 _OUT_OF_DATE = r".*The environment \S+ is out of date"
 

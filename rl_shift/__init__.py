@@ -8,9 +8,11 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from rl_shift.agent import Agent
+    from rl_shift.api import configure, iterate, train
     from rl_shift.buffer import Buffer
     from rl_shift.config import RunConfig, Task
     from rl_shift.datasets import load as load_dataset
+    from rl_shift.deployment import load_policy
     from rl_shift.envs import make_env
     from rl_shift.evaluation import evaluate
     from rl_shift.trainer import Trainer
@@ -24,9 +26,13 @@ __all__ = [
     "Task",
     "Trainer",
     "__version__",
+    "configure",
     "evaluate",
+    "iterate",
     "load_dataset",
+    "load_policy",
     "make_env",
+    "train",
 ]
 
 _ORIGIN = {
@@ -35,9 +41,13 @@ _ORIGIN = {
     "RunConfig": ("rl_shift.config", "RunConfig"),
     "Task": ("rl_shift.config", "Task"),
     "Trainer": ("rl_shift.trainer", "Trainer"),
+    "configure": ("rl_shift.api", "configure"),
     "evaluate": ("rl_shift.evaluation", "evaluate"),
+    "iterate": ("rl_shift.api", "iterate"),
     "load_dataset": ("rl_shift.datasets", "load"),
+    "load_policy": ("rl_shift.deployment", "load_policy"),
     "make_env": ("rl_shift.envs", "make_env"),
+    "train": ("rl_shift.api", "train"),
 }
 
 

@@ -11,7 +11,7 @@ from __future__ import annotations
 import math
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, ClassVar
+from typing import TYPE_CHECKING, Any, ClassVar, NamedTuple
 
 import torch
 from gymnasium.spaces import Box, Space
@@ -25,7 +25,17 @@ if TYPE_CHECKING:
     from rl_shift.buffer import Buffer, Mixture
     from rl_shift.config import Task
 
-__all__ = ["Agent", "Batch", "Gradients", "Loss", "Metrics", "Stage", "Transform", "Wrapper"]
+__all__ = [
+    "Agent",
+    "Batch",
+    "Gradients",
+    "Loss",
+    "Metrics",
+    "Policy",
+    "Stage",
+    "Transform",
+    "Wrapper",
+]
 
 
 @dataclass(frozen=True)
@@ -33,8 +43,10 @@ class Stage:
     """One leg of a task: `updates` on given data, or `env_steps` of interaction with updates.
 
     Stages with `counted=False` prepare something (a denoiser, a dynamics model) and are not part of
-    the user's `--updates`. After every `check_every` updates, and after the last, the trainer asks
-    `Agent.check` whether the stage has converged and may end (0: never).
+    the user's `--updates`. Stages of one name go on with each other: intervals count through them,
+    and only the end of the last one asks for an evaluation. After every `check_every` updates, and
+    after the last, the trainer asks `Agent.check` whether the stage has converged and may end (0:
+    never).
     """
 
     name: str
@@ -42,6 +54,14 @@ class Stage:
     env_steps: int = 0
     counted: bool = True
     check_every: int = 0
+
+
+class Policy(NamedTuple):
+    """What an agent would do at N states, for methods that compare other actions with it."""
+
+    mean: Tensor  # (N, action)
+    std: Tensor | None = None  # (N, action) or (action,); None: deterministic
+    squashed: bool = False  # mean and std are those of atanh(action), as in SAC
 
 
 class Agent(Learner):
@@ -90,6 +110,10 @@ class Agent(Learner):
     def act(self, obs: Tensor, explore: bool) -> Tensor:
         """(N, obs) -> (N, action) in [-1, 1], or (N,) int64; pure."""
         raise NotImplementedError
+
+    def policy(self, obs: Tensor) -> Policy:
+        """The distribution behind `act` at raw (N, obs); default: its greedy action. Pure."""
+        return Policy(self.act(obs, False))
 
     def sample(self, buffer: Buffer | Mixture) -> Batch:
         """What one `update` sees; default: `config.batch_size` uniform transitions."""
@@ -310,6 +334,10 @@ class Wrapper(Agent):
     def act(self, obs: Tensor, explore: bool) -> Tensor:
         """The base's action."""
         return self.base.act(obs, explore)
+
+    def policy(self, obs: Tensor) -> Policy:
+        """The base's distribution, unless this agent acts in another way."""
+        return self.base.policy(obs) if type(self).act is Wrapper.act else super().policy(obs)
 
     def sample(self, buffer: Buffer | Mixture) -> Batch:
         """What the base wants to see."""

@@ -158,6 +158,7 @@ class Buffer:
         ]
         self._slot = 0  # next slot to write; where the ring is full, also the oldest
         self._filled = 0  # slots written
+        self.appended = 0  # rows appended so far, overwritten ones included
         self._episode_end: Tensor | None = None  # (rows,): ends that the transitions do not show
         self._forget()
 
@@ -253,7 +254,7 @@ class Buffer:
     def _close(self, episode_end: np.ndarray[Any, Any] | Tensor | None) -> None:
         """Every row is written: from here on this is flat data."""
         self.flat = True
-        self._filled = self.capacity
+        self._filled = self.appended = self.capacity
         if episode_end is not None:
             self._episode_end = _tensor(episode_end).to(self.device, torch.bool)
             if self._episode_end.shape != (self.capacity,):
@@ -283,6 +284,7 @@ class Buffer:
                 self._write(key, 0, values[skip + first :])
         self._slot = (self._slot + rows // self.lanes) % (self.capacity // self.lanes)
         self._filled = min(self._filled + rows // self.lanes, self.capacity // self.lanes)
+        self.appended += rows
         self._forget()
 
     def cut(self) -> None:
@@ -362,6 +364,12 @@ class Buffer:
         if len(self.seeds) > 1:
             return {k: v.expand(len(self.seeds), *v.shape) for k, v in batch.items()}
         return batch
+
+    def newest(self, count: int) -> Tensor:
+        """Numbers of the last `count` rows, or of all if there are fewer, oldest first."""
+        count = min(count, len(self))
+        last = self._slot * self.lanes if not self.flat else self.capacity
+        return torch.arange(last - count, last, device=self.device) % self.capacity
 
     def take(self, index: Tensor) -> Batch:
         """Rows by number, (..., *row shape) for an index of any shape."""
@@ -532,6 +540,7 @@ class Buffer:
             "seeds": list(self.seeds),
             "slot": self._slot,
             "filled": self._filled,
+            "appended": self.appended,
             "generators": {str(k): g.get_state() for k, g in enumerate(self._generators)},
             "blocks": {
                 str(k): {"n": n, "length": length, "cursor": b.cursor, "index": b.index.clone()}
@@ -562,6 +571,7 @@ class Buffer:
             raise UserError("the saved buffer and this one are not of the same kind (flat, ring)")
         self._forget()
         self._slot, self._filled = int(state["slot"]), int(state["filled"])
+        self.appended = int(state.get("appended", len(self)))  # older checkpoints have none
         if not self.flat:
             for key, rows in {"packed": self._matrix, **self._columns}.items():
                 rows[: len(self)] = state["rows"][key].to(self.device)

@@ -243,6 +243,10 @@ class GaussianActor(DeterministicActor):
         mean: Tensor = self.net(obs, drop)
         return torch.tanh(mean) if self.bounded else mean
 
+    def std(self) -> Tensor:
+        """Standard deviations, (action,), the same in every state."""
+        return self.log_std.clamp(*self.log_std_range).exp()
+
     def log_prob(self, obs: Tensor, action: Tensor, drop: bool = False) -> Tensor:
         """Log of N(action; mean, std) summed over action dimensions, (B,)."""
         log_std = self.log_std.clamp(*self.log_std_range)
@@ -252,8 +256,7 @@ class GaussianActor(DeterministicActor):
     def sample(self, obs: Tensor) -> Tensor:
         """One action per state, clipped to the box, (B, action)."""
         mean = self(obs)
-        std = self.log_std.clamp(*self.log_std_range).exp()
-        return (mean + std * torch.randn_like(mean)).clamp(-1, 1)
+        return (mean + self.std() * torch.randn_like(mean)).clamp(-1, 1)
 
 
 class TanhGaussianActor(nn.Module):
@@ -281,9 +284,9 @@ class TanhGaussianActor(nn.Module):
 
     def forward(self, obs: Tensor) -> Tensor:
         """The mode-like action tanh(mean(s)), (B, action)."""
-        return torch.tanh(self.normal(obs)[0])
+        return torch.tanh(self.gaussian(obs)[0])
 
-    def normal(self, obs: Tensor) -> tuple[Tensor, Tensor]:
+    def gaussian(self, obs: Tensor) -> tuple[Tensor, Tensor]:
         """Mean and log_std of u, (B, action) each."""
         mean, log_std = self.net(obs).chunk(2, -1)
         if self.scale is not None and self.offset is not None:
@@ -292,11 +295,11 @@ class TanhGaussianActor(nn.Module):
 
     def sample(self, obs: Tensor) -> tuple[Tensor, Tensor]:
         """Reparametrised action (B, action) and its log-density (B,)."""
-        return self._squashed(*self.normal(obs))
+        return self._squashed(*self.gaussian(obs))
 
     def samples(self, obs: Tensor, count: int) -> tuple[Tensor, Tensor]:
         """`count` of them from one pass of the network: (B, count, action), (B, count)."""
-        mean, log_std = self.normal(obs)
+        mean, log_std = self.gaussian(obs)
         mean = mean[:, None].expand(len(obs), count, mean.shape[-1])
         return self._squashed(mean, log_std[:, None])
 
@@ -315,7 +318,7 @@ class TanhGaussianActor(nn.Module):
 
     def log_prob(self, obs: Tensor, action: Tensor) -> Tensor:
         """Log-density of given actions, (B,); those at the edge count as 1 - 1e-5."""
-        mean, log_std = self.normal(obs)
+        mean, log_std = self.gaussian(obs)
         u = torch.atanh(action.clamp(-1 + 1e-5, 1 - 1e-5))
         return self._density(u, (u - mean) / log_std.exp(), log_std)
 

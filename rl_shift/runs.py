@@ -10,9 +10,9 @@ import json
 import os
 import shutil
 import time
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager, suppress
-from dataclasses import replace
+from collections.abc import Generator, Iterator, Mapping, Sequence
+from contextlib import closing, contextmanager, suppress
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -33,6 +33,23 @@ FORMAT = 1
 CONFIG, RESULTS = "config.yaml", "results.json"
 
 
+@dataclass(frozen=True)
+class Moment:
+    """What a run has just logged: an interval of training, or an evaluation.
+
+    Attributes:
+        updates: gradient updates until now, those of preparatory stages left out.
+        env_steps: environment steps until now.
+        values: what was logged, "critic/loss" or "eval/normalized_score" for instance.
+        trainer: for a look at its agent, its buffer and its evaluations.
+    """
+
+    updates: int
+    env_steps: int
+    values: dict[str, float]
+    trainer: Trainer
+
+
 def train(run: RunConfig, progress: bool = True) -> Path:
     """Train from scratch and return the run folder.
 
@@ -45,6 +62,24 @@ def train(run: RunConfig, progress: bool = True) -> Path:
     if separate_seeds.apart(run):
         _prepare(folder, run)
         return separate_seeds.train_seeds(run, folder, progress)
+    for _ in moments(run, progress):
+        pass
+    return folder
+
+
+def moments(run: RunConfig, progress: bool = False) -> Generator[Moment]:
+    """`train` as an iterator over what is logged; leaving the loop saves, as Ctrl-C does.
+
+    Raises:
+        UserError: as `train`; or seeds that need processes of their own, which nobody can watch.
+    """
+    folder = config.run_folder(run)
+    run = replace(run, run_dir=str(folder))
+    if separate_seeds.apart(run):
+        raise UserError(
+            f"{run.seeds} seeds of {run.agent_name} train in processes of their own and cannot be "
+            "watched from here: train one seed at a time, or leave the callbacks out"
+        )
     _set_torch(run)
     tasks = resolve(run)
     agent = make_agent(run, tasks, fresh=True)
@@ -52,14 +87,13 @@ def train(run: RunConfig, progress: bool = True) -> Path:
     try:
         _prepare(folder, run)
         with checkpoint.Lock(folder):
-            _run(agent, tasks, run, folder, progress)
+            yield from _run(agent, tasks, run, folder, progress)
     except TrainingDiverged:
         raise  # its logs say how it went
     except UserError:
         if fresh and not (folder / "checkpoints").is_dir():
             shutil.rmtree(folder, ignore_errors=True)
         raise
-    return folder
 
 
 def resume(
@@ -96,7 +130,8 @@ def resume(
         with _belonging(path):
             _check_data(tasks, state["data"], folder)
             _check_stages(agent, tasks, state)
-        _run(agent, tasks, run, folder, progress, state, path)
+        for _ in _run(agent, tasks, run, folder, progress, state, path):
+            pass
     return folder
 
 
@@ -311,8 +346,8 @@ def _run(
     progress: bool,
     state: dict[str, Any] | None = None,
     path: Path | None = None,
-) -> None:
-    """Train, with loggers, bar and checkpoints tied to the folder.
+) -> Generator[Moment]:
+    """Train, with loggers, bar and checkpoints tied to the folder; gives what is logged.
 
     Args:
         agent: freshly made.
@@ -327,12 +362,19 @@ def _run(
     data = [_identity(task) for task in tasks]
     began, spent = time.monotonic(), 0.0
     bar = _Bar(progress)
+    logged: list[Moment] = []
 
     def wall() -> float:
         return spent + time.monotonic() - began
 
     def log(clock: Clock, values: dict[str, float]) -> None:
-        loggers.log(_position(clock), values, clock.counted_updates, clock.total_env_steps)
+        made = clock.counted_updates, clock.total_env_steps
+        loggers.log(_position(clock), values, *made)
+        logged.append(Moment(*made, values, trainer))
+
+    def news() -> Iterator[Moment]:
+        while logged:
+            yield logged.pop(0)
 
     def save(clock: Clock, state: dict[str, Any]) -> None:
         loggers.flush()
@@ -361,9 +403,11 @@ def _run(
     loggers = Loggers(folder, position)
     status = "failed"
     try:
-        trainer.run()
+        with closing(trainer.steps()) as steps:
+            for _ in steps:
+                yield from news()
         status = "finished"
-    except KeyboardInterrupt:
+    except (KeyboardInterrupt, GeneratorExit):
         status = "stopped"
         raise
     finally:
@@ -372,6 +416,7 @@ def _run(
         results(status)
         for warning in trainer.warnings:
             print(f"note: {warning}")
+    yield from news()
 
 
 class _Bar:

@@ -10,7 +10,7 @@ import signal
 import threading
 import time
 from collections import deque
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from types import FrameType
 from typing import TYPE_CHECKING, Any
@@ -87,6 +87,7 @@ class Trainer:
         self._stop = False
         self._since = time.perf_counter()  # the stopwatch behind `seconds` runs from here
         self._marks = (0.0, 0)  # seconds and updates at the last log
+        self._passed = 0  # updates of earlier stages that this one, by its name, goes on with
 
     # ---- walking -----------------------------------------------------------------------------
 
@@ -97,18 +98,31 @@ class Trainer:
             KeyboardInterrupt: after a checkpoint was saved on SIGINT or SIGTERM.
             TrainingDiverged: a logged value is not finite.
         """
+        for _ in self.steps():
+            pass
+
+    def steps(self) -> Generator[Clock]:
+        """`run` as an iterator: the clock after every update or round of interaction.
+
+        Leaving the loop, or closing the iterator, saves a checkpoint. Between two steps the agent,
+        the buffer and the metrics may be looked at; whoever changes the agent or draws from torch's
+        default generator changes the run.
+        """
         with _Interrupts(self):
             if self._resumed is None:
                 seeding.seed_default(seeding.child(self.config.seed, "learner"))
             try:
                 for k in range(self.clock.task, len(self.tasks)):
                     self.clock.task = k
-                    self._run_task(self.tasks[k])
+                    yield from self._run_task(self.tasks[k])
+            except GeneratorExit:
+                self._save()
+                raise
             finally:
                 for evaluator in self._evaluators.values():
                     evaluator.close()
 
-    def _run_task(self, task: Task) -> None:
+    def _run_task(self, task: Task) -> Iterator[Clock]:
         clock, last = self.clock, self.clock.task == len(self.tasks) - 1
         self._open(task)
         if self._resumed is None:
@@ -121,8 +135,10 @@ class Trainer:
             clock.stage, stage = k, stages[k]
             for agent in self.agent.contained():
                 agent.stage = stage.name
-            self._run_stage(task, stage)
-            if stage.counted and not self._is_evaluated():
+            self._passed = sum(s.updates for s in stages[:k] if s.name == stage.name)
+            yield from self._run_stage(task, stage)
+            goes_on = any(s.name == stage.name for s in stages[k + 1 :])
+            if stage.counted and not goes_on and not self._is_evaluated():
                 self._evaluate(stage)
             final = clock.stage == len(stages) - 1
             if final and last:
@@ -135,18 +151,21 @@ class Trainer:
         if not last:
             clock.stage = clock.updates = clock.env_steps = 0
 
-    def _run_stage(self, task: Task, stage: Stage) -> None:
+    def _run_stage(self, task: Task, stage: Stage) -> Iterator[Clock]:
         self._since = time.perf_counter()
         self._marks = (self.seconds, self.clock.total_updates)
         if stage.env_steps:
-            self._interact(task, stage)
+            yield from self._interact(task, stage)
         else:
             while self.clock.updates < stage.updates:
                 self._update(self.buffer, stage)
                 self.clock.updates += 1
                 if self._converged(stage):
                     self.clock.updates = stage.updates
-                self._after(stage, self.clock.updates, 1)
+                self._after(stage, self._passed + self.clock.updates, 1)
+                yield self.clock
+            if not stage.counted and self._marks[1] != self.clock.total_updates:
+                self._log(stage)  # what a preparation ended with
         self._stop_watch()
 
     def _converged(self, stage: Stage) -> bool:
@@ -156,7 +175,7 @@ class Trainer:
             return False
         return self.agent.check(stage, done, self.buffer)
 
-    def _interact(self, task: Task, stage: Stage) -> None:
+    def _interact(self, task: Task, stage: Stage) -> Iterator[Clock]:
         agent, clock, collector = self.agent, self.clock, self.collector
         if collector is None or self.ring is None:
             raise UserError(f"task {task.name}: env_steps need an environment; give --env ID")
@@ -176,6 +195,12 @@ class Trainer:
                 for _ in range(agent.updates_per_collect):
                     self._update(source, stage)
             self._after(stage, clock.env_steps, step)
+            yield clock
+
+    @property
+    def metrics(self) -> Metrics:
+        """Of the last update, on the device."""
+        return self._metrics
 
     def _update(self, source: Buffer | Mixture, stage: Stage) -> None:
         self._metrics = self._updater(self.agent.sample(source))

@@ -30,6 +30,10 @@ CORE_MAY_IMPORT: dict[str, set[str]] = {
     "networks": {"errors"},
     "metrics": {"errors"},
     "buffer": {"errors", "seeding"},
+    "running": set(),
+    "online_networks": {"networks"},
+    "priorities": set(),
+    "curiosity": {"networks", "online_networks", "running"},
     "diffusion": {"errors", "networks"},
     "dynamics": {"errors", "networks", "seeding"},
     # config: begun tasks of a checkpoint become Task again; agents: a wrapper names its base
@@ -40,6 +44,7 @@ CORE_MAY_IMPORT: dict[str, set[str]] = {
 }
 AGENTS_MAY_IMPORT = {
     "agent", "agents", "buffer", "diffusion", "dynamics", "errors", "networks", "seeding",
+    "curiosity", "online_networks", "priorities", "running",
 }  # fmt: skip
 ENVS_MAY_IMPORT = {"envs", "errors", "seeding"}
 COMMANDS = {"cli", "commands", "data_commands", "demo", "evaluate_command", "worker"}

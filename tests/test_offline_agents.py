@@ -376,7 +376,7 @@ def test_ranges_of_log_std() -> None:
         agent = agent_of(name)
         for bias, bound in ((-1e3, low), (1e3, 2.0)):
             agent.actor.net.layers[-1].bias.data[2:] = bias
-            assert (agent.actor.normal(torch.zeros(1, 2))[1] == bound).all()
+            assert (agent.actor.gaussian(torch.zeros(1, 2))[1] == bound).all()
     assert agent_of("awac").actor.log_std_range == (-20.0, 2.0)
 
 

@@ -54,6 +54,7 @@ class Prepared(Agent):
         explode_after: int = 1_000_000  # updates
         poison: bool = False  # gradients instead of the loss
         check_every: int = 0
+        turns: int = 0  # how often both stages take turns, without checks
         enough: int = 1_000_000  # updates after which the preparation has converged
 
     def __init__(self, observation_space: Any, action_space: Any, config: Config) -> None:
@@ -68,6 +69,9 @@ class Prepared(Agent):
         return updates == self.config.enough
 
     def stages(self, task: Any) -> list[Stage]:
+        if self.config.turns:
+            first = Stage("prepare", self.config.prepare_updates, counted=False)
+            return [first, Stage("offline", updates=task.updates)] * self.config.turns
         every = self.config.check_every
         first = Stage("prepare", self.config.prepare_updates, counted=False, check_every=every)
         return [first, Stage("offline", updates=task.updates)]
@@ -245,6 +249,27 @@ def test_preparatory_updates_are_not_part_of_the_budget(
     assert [(line["step"], line["updates"]) for line in trained] == [
         (6 + n, n) for n in (2, 4, 6, 8, 10)
     ]
+
+
+def test_stages_that_take_turns_count_on(datasets: list[str]) -> None:
+    """Three times 2 + 5 updates: intervals run through the stages of one name."""
+    task = {"tasks.0.dataset": datasets[0], "tasks.0.updates": 5}
+    fields = {"agent.prepare_updates": 2, "agent.turns": 3}
+    intervals = {"log_every": 4, "eval_every": 7}
+    run = config.make(PREPARED, overrides=SMALL | FEW | task | fields | intervals)
+    tasks = runs.resolve(run)
+    logged: list[tuple[int, str]] = []
+
+    def log(clock: Any, values: dict[str, float]) -> None:
+        names = {key.partition("/")[0] for key in values} & {"prepare", "train"}
+        logged.extend((clock.total_updates, name) for name in names)
+
+    trainer = Trainer(runs.make_agent(run, tasks), tasks, run, log)
+    trainer.run()
+    # Prepared at 2, 9 and 16, each logged at its end; trained at its own 4th, 8th and 12th update.
+    expected = [(2, "prepare"), (6, "train"), (9, "prepare"), (12, "train"), (16, "prepare")]
+    assert logged == [*expected, (18, "train")]
+    assert [e["updates"] for e in trainer.evaluations] == [7, 14, 15]
 
 
 @pytest.mark.parametrize(("enough", "checks"), [(4, [2, 4]), (100, [2, 4, 6, 7])])
