@@ -15,6 +15,7 @@ from rl_shift.errors import UserError
 from rl_shift.options import Parser, options_of, split
 
 if TYPE_CHECKING:
+    from rl_shift.agent import Agent
     from rl_shift.config import Task
     from rl_shift.evaluation import Result
 
@@ -31,6 +32,7 @@ class EvaluationSettings:
 
     episodes: int = 100  # per task and seed
     env: str | None = None  # Gymnasium id; default: the run's own environments
+    shift: str | None = None  # KIND:field=value,...+...: of the environments; none: leave it out
     seed: int = 0  # of the environments; equal seeds give equal initial states
     lanes: int = 10  # environments side by side
     compare: str | None = None  # FIELD=A,B: the same episodes with each value, paired
@@ -115,6 +117,9 @@ def evaluated(spec: str, overrides: Mapping[str, Any], settings: EvaluationSetti
     if settings.env is not None:
         scores = reference_scores_of(settings.env)
         tasks = [replace(tasks[-1], env=settings.env, shift=None, reference_scores=scores)]
+    if settings.shift is not None:
+        shift = None if settings.shift == "none" else _shift(settings.shift, agent)
+        tasks = [replace(task, shift=shift) for task in tasks]
     results = []
     for task in tasks:
         if task.env is None:
@@ -133,6 +138,19 @@ def evaluated(spec: str, overrides: Mapping[str, Any], settings: EvaluationSetti
         )
         results.append((task, result))
     return results
+
+
+def _shift(text: str, agent: Agent) -> Any:
+    """The specification; relative noise is in units of the deviation that the agent knows."""
+    from rl_shift.envs.shift import with_state_std
+
+    for part in agent.contained():
+        std = part.normalizer.std.reshape(-1, *part.normalizer.std.shape[-1:])[
+            0
+        ]  # equal over seeds
+        if std.dim() == 1 and not bool((std == 1).all()):
+            return with_state_std(text, std.tolist())
+    return text
 
 
 def paired(first: Variant, second: Variant) -> list[dict[str, Any]]:
@@ -226,6 +244,7 @@ def _report(
         "format": 1,
         "run": spec,
         "episodes": settings.episodes,
+        "shift": settings.shift,
         "seed": settings.seed,
         "evaluations": evaluations,
         "differences": [{k: v for k, v in line.items() if k != "text"} for line in lines],

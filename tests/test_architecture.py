@@ -36,6 +36,9 @@ CORE_MAY_IMPORT: dict[str, set[str]] = {
     "curiosity": {"networks", "online_networks", "running"},
     "diffusion": {"errors", "networks"},
     "dynamics": {"errors", "networks", "seeding"},
+    "score": set(),
+    "held_out": {"errors", "buffer"},
+    "inverse_dynamics": {"networks", "buffer"},
     # config: begun tasks of a checkpoint become Task again; agents: a wrapper names its base
     "learner": set(),
     "agent": {"errors", "seeding", "networks", "buffer", "learner", "config", "agents"},
@@ -43,8 +46,8 @@ CORE_MAY_IMPORT: dict[str, set[str]] = {
     "cli": {"errors"},
 }
 AGENTS_MAY_IMPORT = {
-    "agent", "agents", "buffer", "diffusion", "dynamics", "errors", "networks", "seeding",
-    "curiosity", "online_networks", "priorities", "running",
+    "agent", "agents", "buffer", "curiosity", "diffusion", "dynamics", "errors", "held_out",
+    "inverse_dynamics", "networks", "online_networks", "priorities", "running", "score", "seeding",
 }  # fmt: skip
 ENVS_MAY_IMPORT = {"envs", "errors", "seeding"}
 COMMANDS = {"cli", "commands", "data_commands", "demo", "evaluate_command", "worker"}
