@@ -295,7 +295,7 @@ class _Image(Kind):
     def bind(self, env: Env, where: str) -> None:
         """Square images of zeros and ones with three colours."""
         space = env.observation_space
-        shape = getattr(space, "shape", None) or ()
+        shape: Any = getattr(space, "shape", None) or ()
         if len(shape) != 3 or shape[0] != shape[1] or shape[2] != 3:
             raise UserError(f"{where}: it needs square images of three colours, not {space}")
 
