@@ -335,6 +335,7 @@ def still_noise(monkeypatch: pytest.MonkeyPatch) -> None:
         return wave.reshape(like.shape)
 
     monkeypatch.setattr(torch, "randn_like", still)
+    monkeypatch.setattr(torch, "rand_like", lambda like: 0.5 + 0.5 * still(like))
 
 
 # ---- 1: actions and spaces ---------------------------------------------------------------------
