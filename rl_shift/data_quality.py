@@ -147,10 +147,10 @@ def _drawn(arrays: datasets.Arrays, settings: Settings) -> _Rows:
     if len(pool) < settings.k + 2:
         raise UserError(f"a dataset of {len(arrays['reward'])} rows is too small to be described")
     chosen = generator.permutation(pool)[: settings.rows]
-    return _Rows(
-        *(arrays[key][chosen].astype(np.float64) for key in ("obs", "action", "next_obs")),
-        episode[chosen],
+    obs, action, next_obs = (
+        arrays[key][chosen].astype(np.float64) for key in ("obs", "action", "next_obs")
     )
+    return _Rows(obs, action, next_obs, episode[chosen])
 
 
 def _neighbours(

@@ -21,7 +21,7 @@ Arrays = dict[str, np.ndarray]
 
 def _minari() -> Any:
     try:
-        import minari
+        import minari  # pyright: ignore[reportMissingImports]
     except ImportError as error:
         raise UserError('Minari datasets need minari: pip install "rl_shift[minari]"') from error
     return minari
@@ -127,7 +127,7 @@ def write(id: str, arrays: Mapping[str, np.ndarray], attributes: Mapping[str, An
     observation_space = Box(-np.inf, np.inf, obs.shape[1:], np.float32)
     scores = [attributes.get(f"reference_{end}") for end in ("min", "max")]
     ends = np.flatnonzero(arrays["terminals"] | arrays["timeouts"]) + 1
-    bounds = np.unique([0, *ends, len(obs)])
+    bounds = np.unique(np.concatenate([[0], ends, [len(obs)]]))
     episodes = [
         EpisodeBuffer(
             id=number,
