@@ -82,10 +82,15 @@ class PPO(Agent):
     ) -> None:
         super().__init__(observation_space, action_space, config)
         self.lanes = 1
-        self.policy = ActorCritic(observation_space, action_space, config.hidden, config.features)
+        self.actor_critic = ActorCritic(
+            observation_space, action_space, config.hidden, config.features
+        )
         self.statistics = RunningStatistics(self.normalizer.mean.shape)
         self.optimizer(
-            "policy", lr=config.learning_rate, eps=config.adam_epsilon, clip=config.gradient_clip
+            "actor_critic",
+            lr=config.learning_rate,
+            eps=config.adam_epsilon,
+            clip=config.gradient_clip,
         )
 
     @staticmethod
@@ -114,8 +119,8 @@ class PPO(Agent):
         lanes, length = batch["reward"].shape
         rows = {k: v.flatten(0, 1) for k, v in batch.items()}
         obs, next_obs = self.normalized(rows["obs"]), self.normalized(rows["next_obs"])
-        output, value = self.policy(obs)
-        next_value = self.policy(next_obs)[1]
+        output, value = self.actor_critic(obs)
+        next_value = self.actor_critic(next_obs)[1]
         target = rows["reward"] + self.config.discount * ~rows["terminated"] * next_value
         advantage = advantages(
             (target - value).view(lanes, length),
@@ -125,15 +130,15 @@ class PPO(Agent):
         return {
             "obs": obs,
             "action": rows["action"],
-            "log_prob": self.policy.head.log_prob(output, rows["action"]),
+            "log_prob": self.actor_critic.head.log_prob(output, rows["action"]),
             "advantage": advantage,
             "return": advantage + value,
         }
 
     def loss(self, batch: Batch) -> tuple[Tensor, Metrics]:
         """The clipped surrogate on a minibatch of `targets`."""
-        c, head = self.config, self.policy.head
-        output, value = self.policy(batch["obs"])
+        c, head = self.config, self.actor_critic.head
+        output, value = self.actor_critic(batch["obs"])
         advantage = batch["advantage"]
         advantage = (advantage - advantage.mean()) / (advantage.std() + 1e-8)
         log_ratio = head.log_prob(output, batch["action"]) - batch["log_prob"]
@@ -162,7 +167,7 @@ class PPO(Agent):
 
     def act(self, obs: Tensor, explore: bool) -> Tensor:
         """(N, obs) -> (N, action) or (N,): a sample when exploring, else the mode."""
-        head, output = self.policy.head, self.policy.policy(self.normalized(obs))
+        head, output = self.actor_critic.head, self.actor_critic.policy(self.normalized(obs))
         return head.sample(output) if explore else head.mode(output)
 
     def begin_task(self, task: Task, buffer: Buffer) -> None:
@@ -184,7 +189,7 @@ class PPO(Agent):
 
     def step(self, batch: Batch) -> Metrics:
         """One minibatch: the compiled unit."""
-        return self.learn("policy", self.loss, batch)
+        return self.learn("actor_critic", self.loss, batch)
 
     def update(self, batch: Batch) -> Metrics:
         """Targets once, `epochs` passes over the rollout, then the statistics for the next one."""

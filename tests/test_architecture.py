@@ -50,7 +50,7 @@ AGENTS_MAY_IMPORT = {
     "inverse_dynamics", "networks", "online_networks", "priorities", "running", "score", "seeding",
 }  # fmt: skip
 ENVS_MAY_IMPORT = {"envs", "errors", "seeding"}
-COMMANDS = {"cli", "commands", "data_commands", "demo", "evaluate_command", "worker"}
+COMMANDS = {"cli", "commands", "data_commands", "demo", "evaluate_command", "ope_command", "worker"}
 
 LINES = {"agents": 250, "envs": 220, "rl_shift": 300, "scripts": 120}  # aims, not limits
 DEPTH = 2  # classes between an agent and Agent, itself included

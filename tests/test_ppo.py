@@ -50,8 +50,8 @@ def plain_advantages(batch: dict[str, Tensor], agent: Any) -> Tensor:
     for lane in range(lanes):
         following = 0.0
         for t in reversed(range(length)):
-            value = float(agent.policy(batch["obs"][lane, t][None])[1])
-            next_value = float(agent.policy(batch["next_obs"][lane, t][None])[1])
+            value = float(agent.actor_critic(batch["obs"][lane, t][None])[1])
+            next_value = float(agent.actor_critic(batch["next_obs"][lane, t][None])[1])
             next_value *= 1 - float(batch["terminated"][lane, t])
             delta = float(batch["reward"][lane, t]) + c.discount * next_value - value
             goes_on = 1 - float(batch["terminated"][lane, t] | batch["truncated"][lane, t])
@@ -67,7 +67,7 @@ def test_advantages_are_the_papers_recursion(length: int) -> None:
     rows = agent.targets(batch)
     expected = plain_advantages(batch, agent).flatten()
     torch.testing.assert_close(rows["advantage"], expected, rtol=1e-4, atol=1e-5)
-    value = agent.policy(rows["obs"])[1]
+    value = agent.actor_critic(rows["obs"])[1]
     torch.testing.assert_close(rows["return"], rows["advantage"] + value)
 
 
@@ -80,7 +80,7 @@ def test_a_truncation_bootstraps_and_a_termination_does_not() -> None:
     torch.testing.assert_close(agent.targets(batch)["advantage"], unbroken)
     batch["terminated"][0, 3] = True
     ended = agent.targets(batch)["advantage"]
-    value = agent.policy(batch["next_obs"][0, 3][None])[1]
+    value = agent.actor_critic(batch["next_obs"][0, 3][None])[1]
     torch.testing.assert_close(unbroken[3] - ended[3], 0.99 * value[0])
 
 
