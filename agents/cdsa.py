@@ -104,6 +104,9 @@ class CDSA(Wrapper):
         )
         gate: Gate = field(default="off", metadata=EVALUATION)  # hard, soft: act outside the data
         gate_quantile: float = field(default=0.9, metadata=EVALUATION)  # of data that is let be
+        judge: Literal["off", "value"] = field(  # value: only what the base's critic does not mind
+            default="off", metadata=EVALUATION
+        )
 
     reusable = {"score": ("average", "quantiles", "inverse", "dynamics", "normalizer")}
     SCORE_FIELDS = (
@@ -180,12 +183,16 @@ class CDSA(Wrapper):
 
     def corrected(self, raw: Tensor, action: Tensor) -> Tensor:
         """(B, obs) raw, (B, action) -> (B, action)."""
-        c, obs = self.config, self.normalizer(raw)
+        c, obs, given = self.config, self.normalizer(raw), action
         strength = self.strength(obs, action)
         if c.mode != "state" and c.channels != "state":
             action = correct_action(self.average, obs, action, self.levels, c.eta_action, strength)
         if self.has_state_channel and c.channels != "action":
             action = self.guided(raw, obs, action, strength)
+        if c.judge == "value":
+            before, after = (self.base.action_value(raw, a) for a in (given, action))
+            if before is not None and after is not None:
+                action = torch.where((after >= before).unsqueeze(-1), action, given)
         return action
 
     @property
@@ -227,7 +234,7 @@ class CDSA(Wrapper):
             "correction/mean_abs": change.abs().mean(-1),
             "score/before": action_score_norm(self.average, obs, before, level),
             "score/after": action_score_norm(self.average, obs, after, level),
-            "gate/share": (self.strength(obs, before) > 0).to(obs.dtype).squeeze(-1),
+            "corrected/share": change.any(-1).to(obs.dtype),
         }
 
     def focus(self, task: Task) -> None:

@@ -171,7 +171,7 @@ def test_the_end_of_an_episode_never_reaches_models_of_transitions(
     assert (torch.cat(seen.pop("")) % 10 != 9).all()  # statistics
     for stage in watched.stages(task)[:3]:
         watched.stage = stage.name
-        for done in range(30):
+        for _ in range(30):
             watched.sample(data)
         watched.check(stage, stage.updates, data)
         ends = torch.cat(seen[stage.name]) % 10 == 9
