@@ -55,6 +55,7 @@ class CDSA(Wrapper):
     L(inverse) = E ||I(s, s') - a||^2;  L(forward) = E NLL of s' - s given (s, a)
     action channel: a <- clip(a + eta_a sigma_k^2 grad_a log p_k(s, a)),  from a = pi(s), K steps
     state channel:  a <- clip(a + w (I(s, s^ + d) - I(s, s^))),  d = eta_s sigma^2 grad_s log p
+    judge:          the result is kept where min_i Q_i(s, a) >= min_i Q_i(s, pi(s))
     """
 
     @dataclass(frozen=True)
@@ -92,7 +93,7 @@ class CDSA(Wrapper):
         steps: tuple[float, ...] = field(  # noise scales of the K action steps
             default=(0.2, 0.1, 0.05), metadata=EVALUATION
         )
-        eta_action: float = field(default=0.5, metadata=EVALUATION)  # step size, in sigma^2
+        eta_action: float = field(default=1.0, metadata=EVALUATION)  # step size, in sigma^2
         eta_state: float = field(default=0.5, metadata=EVALUATION)  # step size, in sigma^2
         state_step: float = field(default=0.1, metadata=EVALUATION)  # noise scale, in action units
         weight: float = field(default=0.25, metadata=EVALUATION)  # of the state channel
@@ -104,8 +105,10 @@ class CDSA(Wrapper):
         )
         gate: Gate = field(default="off", metadata=EVALUATION)  # hard, soft: act outside the data
         gate_quantile: float = field(default=0.9, metadata=EVALUATION)  # of data that is let be
-        judge: Literal["off", "value"] = field(  # value: only what the base's critic does not mind
-            default="off", metadata=EVALUATION
+        judge: Literal["off", "value"] = (
+            field(  # value: only if Q does not fall, where base has a Q
+                default="value", metadata=EVALUATION
+            )
         )
 
     reusable = {"score": ("average", "quantiles", "inverse", "dynamics", "normalizer")}

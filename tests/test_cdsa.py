@@ -24,7 +24,7 @@ OBS, ACTION = Box(-np.inf, np.inf, (3,), np.float32), Box(-1.0, 1.0, (2,), np.fl
 SMALL: dict[str, Any] = {
     "hidden": (8,), "model_hidden": (8,), "batch_size": 16, "model_batch_size": 16,
     "score_updates": 12, "inverse_updates": 12, "forward_updates": 12, "check_every": 4,
-    "base_config": {"hidden": (8,)},
+    "base_config": {"hidden": (8,)}, "judge": "off",
 }  # fmt: skip
 
 
@@ -130,6 +130,28 @@ def test_actions_stay_in_the_box_one_by_one_or_together(
     assert (together.abs() <= 1).all() and (together.abs() == 1).any()
     single = torch.cat([wild.run(wild.act, obs[i : i + 1], False) for i in range(30)])
     torch.testing.assert_close(together, single, atol=1e-4, rtol=1e-4)
+
+
+def test_the_judge_keeps_what_the_bases_critic_does_not_mind(agent: CDSA) -> None:
+    obs = observations(200)
+    judged = with_fields(agent, judge="value")
+    free, base = agent.run(agent.act, obs, False), agent.run(agent.base.act, obs, False)
+    found = judged.run(judged.act, obs, False)
+    value = [judged.run(judged.action_value, obs, a) for a in (base, free)]
+    kept = value[1] >= value[0]
+    assert kept.any() and not kept.all()
+    assert torch.equal(found, torch.where(kept[:, None], free, base))
+    critic = agent.base.critic(agent.base.normalizer(obs), free)
+    assert torch.equal(value[1], critic.amin(0)) and critic.shape == (2, 200)
+
+
+def test_a_base_without_a_critic_is_corrected_without_a_judge() -> None:
+    blind = made(base="bc", judge="value")
+    free = CDSA(OBS, ACTION, dataclasses.replace(blind.config, judge="off"), blind.base)
+    free.load_state_dict(blind.state_dict())
+    obs = observations()
+    assert blind.run(blind.action_value, obs, torch.zeros(50, 2)) is None
+    assert torch.equal(blind.run(blind.act, obs, False), free.run(free.act, obs, False))
 
 
 def test_acting_draws_nothing_and_preparing_leaves_the_base_alone() -> None:
