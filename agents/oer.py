@@ -314,6 +314,15 @@ class OER(Agent):
                 self.memory.shrink(max(1, c.memory_total // len(self.memory.parts)))
         self.selecting, self.divided = selectors.InSteps(), None
 
+    def resources(self) -> dict[str, float]:
+        """What stays between tasks: the policy and the memory."""
+        parts = self.memory.parts.values()
+        return {
+            "parameters": float(sum(p.numel() for p in self.kept.parameters())),
+            "memory_rows": float(sum(len(part) for part in parts)),
+            "memory_bytes": float(self.memory.nbytes),
+        }
+
     # ---- state -------------------------------------------------------------------------------
 
     def variant(self) -> tuple[Any, ...]:

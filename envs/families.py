@@ -1,4 +1,4 @@
-"""Families of MuJoCo tasks that differ in a goal or in the body: what continual learners walk along.
+"""Families of MuJoCo tasks that differ in a goal or in the body, for continual learners.
 
 Rewards, terminations, observations and grids follow published code (katerakelly/oyster,
 eric-mitchell/macaw, dennisl88/rand_param_envs) on Gymnasium's MuJoCo environments; episodes last

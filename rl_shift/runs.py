@@ -601,6 +601,7 @@ def _results(
         "threads": run.threads,
         "device": device,
         "data_mode": run.data_mode,
+        "resources": trainer.agent.resources(),
         "versions": checkpoint.versions(),
     }
 
