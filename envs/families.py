@@ -74,7 +74,7 @@ class AntDir(AntEnv):
         self.goal = float(goal)
         super().__init__(include_cfrc_ext_in_observation=False, **kwargs)
 
-    def step(self, action: Any) -> tuple[Floats, float, bool, bool, dict[str, Any]]:
+    def step(self, action: Any) -> Any:
         """One step; the direction's reward takes the place of the forward one."""
         obs, _, terminated, truncated, info = super().step(action)
         along = info["x_velocity"] * np.cos(self.goal) + info["y_velocity"] * np.sin(self.goal)

@@ -592,6 +592,7 @@ def _results(
         "evaluations": evaluations,
         "last": evaluations[-1] if evaluations else None,
         "best": max(evaluations, key=merit) if evaluations else None,
+        **({"lives": lives} if (lives := trainer.lives()) else {}),
         "updates": trainer.clock.counted_updates,
         "env_steps": trainer.clock.total_env_steps,
         "wall_time_s": round(wall_s, 1),
