@@ -56,11 +56,13 @@ class CheetahVel(HalfCheetahEnv):
         self.observation_space = Box(-np.inf, np.inf, (20,), np.float64)
 
     def _get_rew(self, x_velocity: float, action: Any) -> tuple[float, dict[str, float]]:
-        forward, control = -abs(x_velocity - self.goal), self.control_cost(action)
+        plain: Any = super()  # Gymnasium's methods have no types
+        forward, control = -abs(x_velocity - self.goal), plain.control_cost(action)
         return float(forward - control), {"reward_forward": forward, "reward_ctrl": -control}
 
     def _get_obs(self) -> Floats:
-        return np.concatenate([super()._get_obs(), self.data.body("torso").xpos])
+        plain: Any = super()
+        return np.concatenate([plain._get_obs(), self.data.body("torso").xpos])
 
 
 class AntDir(AntEnv):
@@ -76,10 +78,11 @@ class AntDir(AntEnv):
 
     def step(self, action: Any) -> Any:
         """One step; the direction's reward takes the place of the forward one."""
-        obs, _, terminated, truncated, info = super().step(action)
+        plain: Any = super()  # Gymnasium's methods have no types
+        obs, _, terminated, truncated, info = plain.step(action)
         along = info["x_velocity"] * np.cos(self.goal) + info["y_velocity"] * np.sin(self.goal)
         info |= {"reward_forward": along, "reward_survive": 1.0}
-        reward = along + 1.0 - self.control_cost(action) - self.contact_cost
+        reward = along + 1.0 - plain.control_cost(action) - plain.contact_cost
         return obs, float(reward), bool(terminated), truncated, info
 
 

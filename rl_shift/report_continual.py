@@ -11,12 +11,12 @@ import numpy as np
 
 from rl_shift import continual_metrics as metrics
 from rl_shift import report_pictures as draw
+from rl_shift.loggers import clock_text
 from rl_shift.metrics import Floats, mean_interval
 from rl_shift.report_cells import Chain, scored
 from rl_shift.report_document import Block, Heading, Paragraph, Picture, Table
 from rl_shift.report_runs import Gathered
 from rl_shift.report_sections import chains
-from rl_shift.report_tables import clock_text
 
 WINDOW = 10  # evaluations, of windowed forgetting and plasticity
 
