@@ -116,6 +116,9 @@ class RunConfig:
     keep_checkpoints: int = 2  # older ones are removed
     processes: int | None = None  # for seeds that cannot share one; default: the number of cores
     data_mode: Literal["native", "legacy_qlearning"] = "native"  # legacy: as D4RL cuts episodes
+    data_memory: Literal["auto", "ram", "disk"] = field(
+        default="auto", compare=False
+    )  # disk: mapped
 
     def __post_init__(self) -> None:
         """Refuses numbers that mean nothing."""
