@@ -786,8 +786,8 @@ def test_observations_are_normalised_once(name: str) -> None:
     for stage in agent.stages(task):
         for inner in agent.contained():
             inner.stage = stage.name
-        seen.clear()
         batch = agent.sample(data)
+        seen.clear()  # a sample may ask a network about rows of the data
         for key in ("obs", "next_obs"):
             batch[key] = raw.expand_as(batch[key])
         for _ in range(agent.delay):
