@@ -236,11 +236,11 @@ class SPL(Wrapper):
 
     def label(self, buffer: Buffer) -> Tensor:
         """A label for every row, (rows,)."""
-        label = torch.zeros(len(buffer), device=buffer.device)
-        if self.config.labels in ("lower", "mean"):
-            for rows in torch.arange(len(buffer), device=buffer.device).split(CHUNK):
-                label[rows] = self.lower(*self.run(self.moments, buffer.take(rows)))
-        return label
+        if self.config.labels not in ("lower", "mean"):
+            return torch.zeros(len(buffer), device=buffer.device)
+        chunks = torch.arange(len(buffer), device=buffer.device).split(CHUNK)
+        found = [self.lower(*self.run(self.moments, buffer.take(rows))) for rows in chunks]
+        return torch.cat(found).float()
 
     def with_rewards(self, buffer: Buffer, label: Tensor) -> Buffer:
         """A buffer with known rewards where they are known (if wanted), and `label` elsewhere."""
