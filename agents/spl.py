@@ -238,7 +238,7 @@ class SPL(Wrapper):
         """A label for every row, (rows,)."""
         if self.config.labels not in ("lower", "mean"):
             return torch.zeros(len(buffer), device=buffer.device)
-        chunks = torch.arange(len(buffer), device=buffer.device).split(CHUNK)
+        chunks = torch.split(torch.arange(len(buffer), device=buffer.device), CHUNK)
         found = [self.lower(*self.run(self.moments, buffer.take(rows))) for rows in chunks]
         return torch.cat(found).float()
 

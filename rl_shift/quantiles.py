@@ -40,9 +40,10 @@ class QuantileCritic(ActionValues):
         k = torch.arange(1, self.embedding + 1, device=obs.device, dtype=obs.dtype)
         features = F.relu(self.trunk(torch.cat([obs, action], -1)))  # (count, B, width)
         waves = torch.cos(math.pi * k * fraction.flatten()[:, None])  # (B Q, embedding)
-        gate = torch.sigmoid(self.fraction(waves)).unflatten(1, fraction.shape)
-        rows = (gate * features[:, :, None]).flatten(1, 2)
-        return self.head(rows).squeeze(-1).unflatten(1, fraction.shape)
+        gate = torch.sigmoid(self.fraction(waves))  # (count, B Q, width)
+        rows = gate * features.repeat_interleave(fraction.shape[-1], 1)
+        z: Tensor = self.head(rows)
+        return z.reshape(-1, *fraction.shape)
 
     def forward(self, obs: Tensor, action: Tensor) -> Tensor:
         """(B, obs), (B, action) -> expected values, (count, B)."""
