@@ -94,7 +94,7 @@ class SAC(Agent):
         obs = self.normalizer(obs)
         return self.actor.sample(obs)[0] if explore else self.actor(obs)
 
-    def policy(self, obs: Tensor) -> Policy:
+    def distribution(self, obs: Tensor) -> Policy:
         """(N, obs) -> the Gaussian before the tanh."""
         mean, log_std = self.actor.gaussian(self.normalizer(obs))
         return Policy(mean, log_std.exp(), squashed=True)

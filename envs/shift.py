@@ -6,7 +6,8 @@
 A specification is a kind with its fields and those of a schedule: as text `KIND:field=value,...`,
 several joined with "+"; as a mapping with `kind`; as a mapping from kinds to factors or fields,
 `{"gravity": 2, "mass": {"body": "torso", "scale": 1.5}}`; or as a list of these under "shifts".
-`context: true` in a mapping appends what `info["shift"]["params"]` says to the observation.
+`context: true` in a mapping appends what `info["shift"]["params"]` says to the observation;
+`endless: true` makes terminal transitions truncations, see `rl_shift.envs.endless`.
 Without schedule fields a shift acts all the time. See `rl_shift.envs.shift_kinds` and
 `rl_shift.envs.schedules`.
 """
@@ -24,6 +25,7 @@ import numpy as np
 from gymnasium import spaces
 
 from rl_shift.envs import shift_kinds as kinds
+from rl_shift.envs.endless import EndlessLife
 from rl_shift.envs.schedules import Schedule, make_schedule
 from rl_shift.errors import UserError, nearest
 from rl_shift.seeding import numpy_generator
@@ -66,33 +68,42 @@ class Shift:
     schedule: Schedule
 
 
-def parse(spec: str | Mapping[str, Any]) -> tuple[list[Shift], bool]:
-    """The shifts of a specification, and whether the context is to be observed.
+@dataclass
+class Plan:
+    """What a specification says."""
+
+    shifts: list[Shift]
+    context: bool = False
+    endless: bool = False
+
+
+def parse(spec: str | Mapping[str, Any]) -> Plan:
+    """The shifts and options of a specification.
 
     Raises:
         UserError: an unknown kind, schedule or field, or a value that means nothing.
     """
     if isinstance(spec, str):
-        return [_from_mapping(_from_text(part)) for part in spec.split("+")], False
-    if "shifts" in spec:
-        extra = set(spec) - {"shifts", "context"}
-        if extra or not isinstance(spec["shifts"], list) or not spec["shifts"]:
-            raise UserError(f"shift: expected a list `shifts` and perhaps `context`, got {spec!r}")
-        found = [
-            _from_mapping(_from_text(s) if isinstance(s, str) else dict(s)) for s in spec["shifts"]
-        ]
-        return found, bool(spec.get("context", False))
+        return Plan([_from_mapping(_from_text(part)) for part in spec.split("+")])
     values = dict(spec)
-    context = bool(values.pop("context", False))
-    if "kind" in values or not values:
-        return [_from_mapping(values)], context
+    options = {name: bool(values.pop(name, False)) for name in ("context", "endless")}
+    if "shifts" in values:
+        given = values.pop("shifts")
+        if values or not isinstance(given, list) or not (given or options["endless"]):
+            raise UserError(
+                f"shift: expected a list `shifts`, perhaps `context` and `endless`, got {spec!r}"
+            )
+        texts = [_from_text(s) if isinstance(s, str) else dict(s) for s in given]
+        return Plan([_from_mapping(s) for s in texts], **options)
+    if "kind" in values or not (values or options["endless"]):
+        return Plan([_from_mapping(values)], **options)
     named = []
     for name, value in values.items():
         if not isinstance(value, Mapping):
             needed = _needed(KINDS[name]) if name in KINDS else []
             value = {needed[0]: value} if needed else {}
         named.append(_from_mapping({**value, "kind": name}))
-    return named, context
+    return Plan(named, **options)
 
 
 def with_state_std(spec: str | Mapping[str, Any], state_std: Any) -> str | Mapping[str, Any]:
@@ -176,8 +187,9 @@ class ShiftWrapper(gymnasium.Wrapper[Any, Any, Any, Any]):
     """
 
     def __init__(self, env: gymnasium.Env[Any, Any], spec: str | Mapping[str, Any]) -> None:
-        super().__init__(env)
-        self.shifts, self.context = parse(spec)
+        plan = parse(spec)
+        super().__init__(EndlessLife(env) if plan.endless else env)
+        self.shifts, self.context = plan.shifts, plan.context
         self.shifts.sort(key=lambda s: ORDER.index(s.kind.target))
         for shift in self.shifts:
             shift.kind.bind(env, f"shift {shift.name!r}")
@@ -214,7 +226,7 @@ class ShiftWrapper(gymnasium.Wrapper[Any, Any, Any, Any]):
         regime = self._regime(alphas)
         return {
             "t": t,
-            "alpha": alphas[0],
+            "alpha": alphas[0] if alphas else 0.0,
             "regime": regime,
             "changed": t > 0 and regime != self._regime(self._alphas(t - 1)),
             "params": self._params(t),

@@ -19,7 +19,7 @@ from torch import Tensor
 
 from rl_shift.errors import UnsupportedSpace
 from rl_shift.learner import Batch, Gradients, Learner, Loss, Metrics, Transform
-from rl_shift.networks import Normalizer
+from rl_shift.networks import Critic, Normalizer
 
 if TYPE_CHECKING:
     from rl_shift.buffer import Buffer, Mixture
@@ -111,9 +111,20 @@ class Agent(Learner):
         """(N, obs) -> (N, action) in [-1, 1], or (N,) int64; pure."""
         raise NotImplementedError
 
-    def policy(self, obs: Tensor) -> Policy:
+    def distribution(self, obs: Tensor) -> Policy:
         """The distribution behind `act` at raw (N, obs); default: its greedy action. Pure."""
         return Policy(self.act(obs, False))
+
+    def action_value(self, obs: Tensor, action: Tensor) -> Tensor | None:
+        """The agent's own estimate of the return of raw (N, obs), (N, action): (N,), or None.
+
+        Default: the smallest of `critic`'s values, where there is one. Pure.
+        """
+        critic = self._modules.get("critic")
+        if not isinstance(critic, Critic):
+            return None
+        values: Tensor = critic(self.normalizer(obs), action)
+        return values.amin(0)
 
     def sample(self, buffer: Buffer | Mixture) -> Batch:
         """What one `update` sees; default: `config.batch_size` uniform transitions."""
@@ -271,7 +282,10 @@ class Agent(Learner):
         """
         from rl_shift.config import Task
 
-        for prefix, agent in self.prefixed():
+        restored: set[str] = set()
+        while left := [pair for pair in self.prefixed() if pair[0] not in restored]:
+            prefix, agent = left[0]  # asked anew each time: `build` may replace a contained agent
+            restored.add(prefix)
             saved = state["agents"][prefix]
             agent.updates = saved["updates"]
             agent.begun = [Task.from_plain(task) for task in saved["begun"]]
@@ -335,9 +349,15 @@ class Wrapper(Agent):
         """The base's action."""
         return self.base.act(obs, explore)
 
-    def policy(self, obs: Tensor) -> Policy:
+    def distribution(self, obs: Tensor) -> Policy:
         """The base's distribution, unless this agent acts in another way."""
-        return self.base.policy(obs) if type(self).act is Wrapper.act else super().policy(obs)
+        if type(self).act is Wrapper.act:
+            return self.base.distribution(obs)
+        return super().distribution(obs)
+
+    def action_value(self, obs: Tensor, action: Tensor) -> Tensor | None:
+        """What the base thinks of an action."""
+        return self.base.action_value(obs, action)
 
     def sample(self, buffer: Buffer | Mixture) -> Batch:
         """What the base wants to see."""

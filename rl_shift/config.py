@@ -109,18 +109,22 @@ class RunConfig:
     log_every: int = 1000  # in updates; in env steps where a task has them; so are the next two
     eval_every: int = 5000  # 0: only at the end
     eval_episodes: int = 10  # episodes per evaluation and seed
+    life_every: int = 0  # env steps per recorded reward of online tasks; 0: 100 if they shift
     lanes: int = 1  # environments that collect side by side in online tasks
     eval_lanes: int = 10  # environments that are evaluated side by side
     save_every: int = 50_000  # 0: only at the end
     keep_checkpoints: int = 2  # older ones are removed
     processes: int | None = None  # for seeds that cannot share one; default: the number of cores
     data_mode: Literal["native", "legacy_qlearning"] = "native"  # legacy: as D4RL cuts episodes
+    data_memory: Literal["auto", "ram", "disk"] = field(
+        default="auto", compare=False
+    )  # disk: mapped
 
     def __post_init__(self) -> None:
         """Refuses numbers that mean nothing."""
         positive = ("seeds", "threads", "log_every", "eval_episodes", "eval_lanes", "lanes")
         least = dict.fromkeys(positive, 1) | {"keep_checkpoints": 1}
-        least |= {"seed": 0, "eval_every": 0, "save_every": 0}
+        least |= {"seed": 0, "eval_every": 0, "save_every": 0, "life_every": 0}
         for name, bound in least.items():
             if getattr(self, name) < bound:
                 raise UserError(f"{name} must be at least {bound}, not {getattr(self, name)}")

@@ -282,6 +282,24 @@ def test_the_context_is_appended() -> None:
         make_env(JELLYBEAN, shift={"rotation": {}, "context": True})
 
 
+def test_an_endless_life_has_no_terminal_transition() -> None:
+    env = make_env(CARTPOLE, shift={"action_flip": {"period": 30}, "endless": True})
+    bare = make_env(CARTPOLE)
+    env.reset(seed=0)
+    bare.reset(seed=0)
+    ended = 0
+    for _ in range(60):
+        obs, _, terminated, truncated, info = env.step(1)
+        assert not terminated and info["hidden_reset"] == truncated
+        if not ended:
+            assert np.array_equal(obs, bare.step(1)[0])  # the true last observation included
+        if truncated:
+            ended += 1
+            env.reset()
+    assert ended > 3 and info["shift"]["t"] == 59
+    assert make_env(CARTPOLE, shift={"endless": True}).reset(seed=0)[1]["shift"]["regime"] == 0
+
+
 # ---- bad input ---------------------------------------------------------------------------------
 
 
@@ -314,7 +332,7 @@ def test_what_cannot_be_is_refused(env_id: str, spec: Any, words: str) -> None:
 
 
 def test_targets_are_named() -> None:
-    targets = {parse(shift)[0][0].kind.target for _, shift in CASES}
+    targets = {parse(shift).shifts[0].kind.target for _, shift in CASES}
     assert targets == {"observation", "action", "reward", "dynamics", "disturbance"}
 
 
