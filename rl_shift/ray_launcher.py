@@ -41,8 +41,8 @@ STATE, STOP = ".launcher.json", ".launcher-stop"  # files in a run folder: how i
 
 def _tune() -> Any:
     try:
-        import ray
-        from ray import tune
+        import ray  # pyright: ignore[reportMissingImports]
+        from ray import tune  # pyright: ignore[reportMissingImports]
     except ImportError as error:
         raise UserError('--backend ray needs Ray Tune: pip install "rl_shift[ray]"') from error
     return ray, tune
@@ -215,9 +215,9 @@ class _Queue:
 
 def _searcher(waiting: _Queue) -> Any:
     """The queue as a search algorithm: it suggests the next job, whenever there is one."""
-    from ray.tune.search import Searcher
+    from ray.tune.search import Searcher  # pyright: ignore[reportMissingImports]
 
-    class Suggested(Searcher):
+    class Suggested(Searcher):  # type: ignore[misc]
         def __init__(self) -> None:
             super().__init__(metric="code", mode="min")
 
@@ -265,7 +265,7 @@ def _work(settings: dict[str, Any]) -> dict[str, int]:
             start_new_session=True,
         )
         code = _ended(process, job.folder)
-    facts = {"began": began, "seconds": time.time() - began, "code": code}
+    facts: dict[str, Any] = {"began": began, "seconds": time.time() - began, "code": code}
     if code == 0:
         _tell(job.folder, "finished", **facts)
     elif code == 130 or (job.folder / STOP).is_file():

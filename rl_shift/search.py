@@ -2,8 +2,8 @@
 
 The grid file's `search` names a space; every entry of `agents` is a study of its own. A trial
 trains the entry's runs (all datasets and seeds) with the proposed values; its value is their mean
-last score. Trials lie in a journal beside the runs, so that the same command goes on: finished ones are
-known, interrupted ones are resumed. Needs the extra `optuna`.
+last score. Trials lie in a journal beside the runs, so that the same command goes on: finished ones
+are known, interrupted ones are resumed. Needs the extra `optuna`.
 """
 
 from __future__ import annotations
@@ -118,7 +118,7 @@ class Searching:
 
     def __init__(self, plans: Mapping[str, Sequence[Planned]], search: Search, out: Path) -> None:
         try:
-            import optuna
+            import optuna  # pyright: ignore[reportMissingImports]
         except ImportError as error:
             raise UserError('search needs Optuna: pip install "rl_shift[optuna]"') from error
         self.optuna, self.plans, self.search, self.out = optuna, plans, search, out

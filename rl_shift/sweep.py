@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from contextlib import ExitStack
+from contextlib import AbstractContextManager, ExitStack
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
@@ -15,8 +15,7 @@ from rl_shift.options import Parser, options_of, split
 
 if TYPE_CHECKING:
     from rl_shift.estimate import Work
-    from rl_shift.launcher import Local
-    from rl_shift.ray_launcher import RayTune
+    from rl_shift.launcher import Launcher
 
 USAGE = "rl-shift sweep GRID.yaml [options]"
 TEXT = """Trains every combination of a grid file: agents x datasets x overrides, several seeds
@@ -66,7 +65,7 @@ def sweep(argv: list[str]) -> int:
     return Sweep(planned, out, settings).run()
 
 
-def _launcher(settings: SweepSettings) -> Local | RayTune:
+def _launcher(settings: SweepSettings) -> AbstractContextManager[Launcher]:
     """The backend that was asked for."""
     if settings.backend == "ray":
         from rl_shift.ray_launcher import RayTune

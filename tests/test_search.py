@@ -167,7 +167,7 @@ def test_both_backends_give_equal_results(folder: Path, capsys: Told) -> None:
     for name in names:
         one, other = (results(f"{backend}/{name}") for backend in ("local", "ray"))
         for key in ("wall_time_s", "updates_per_s"):
-            one.pop(key), other.pop(key)
+            assert one.pop(key) and other.pop(key)
         assert one == other
     assert cli.main(["sweep", "grid.yaml", "--out", "ray", "--backend", "ray"]) == 0
     assert "every run is finished" in capsys.readouterr().out
