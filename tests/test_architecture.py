@@ -33,6 +33,7 @@ CORE_MAY_IMPORT: dict[str, set[str]] = {
     "running": set(),
     "online_networks": {"networks"},
     "priorities": set(),
+    "rollouts": set(),
     "curiosity": {"networks", "online_networks", "running"},
     "diffusion": {"errors", "networks"},
     "dynamics": {"errors", "networks", "seeding"},
@@ -47,7 +48,8 @@ CORE_MAY_IMPORT: dict[str, set[str]] = {
 }
 AGENTS_MAY_IMPORT = {
     "agent", "agents", "buffer", "curiosity", "diffusion", "dynamics", "errors", "held_out",
-    "inverse_dynamics", "networks", "online_networks", "priorities", "running", "score", "seeding",
+    "inverse_dynamics", "networks", "online_networks", "priorities", "rollouts", "running",
+    "score", "seeding",
 }  # fmt: skip
 ENVS_MAY_IMPORT = {"envs", "errors", "seeding"}
 COMMANDS = {"cli", "commands", "data_commands", "demo", "evaluate_command", "worker"}
