@@ -103,10 +103,10 @@ class IQL(Agent):
             return self.actor.sample(obs)
         return self.actor(obs)
 
-    def policy(self, obs: Tensor) -> Policy:
+    def distribution(self, obs: Tensor) -> Policy:
         """(N, obs) -> the Gaussian that the actor maximises."""
         if self.config.deterministic:
-            return super().policy(obs)
+            return super().distribution(obs)
         return Policy(self.actor(self.normalizer(obs)), self.actor.std())
 
     def update(self, batch: Batch) -> Metrics:

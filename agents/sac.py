@@ -15,7 +15,7 @@ from gymnasium.spaces import Space
 from torch import Tensor
 
 from rl_shift.agent import Agent, Batch, Metrics, Policy
-from rl_shift.networks import Critic, Scalar, TanhGaussianActor
+from rl_shift.networks import ActionValues, Critic, Scalar, TanhGaussianActor
 
 
 class SAC(Agent):
@@ -44,18 +44,27 @@ class SAC(Agent):
         buffer_capacity: int = 1_000_000
 
     def __init__(
-        self, observation_space: Space[Any], action_space: Space[Any], config: Config
+        self, observation_space: Space[Any], action_space: Space[Any], config: Any
     ) -> None:
         super().__init__(observation_space, action_space, config)
         obs, action = observation_space.shape[0], action_space.shape[0]  # type: ignore[index]
         self.target_entropy = (
             -float(action) if config.target_entropy is None else config.target_entropy
         )
-        self.actor = TanhGaussianActor(obs, config.hidden, action)
-        self.critic = Critic(obs, action, config.hidden)
+        self.actor, self.critic = self.networks(obs, action)
         self.target_critic = copy.deepcopy(self.critic)
         self.log_alpha = Scalar(0.0)
-        self.optimizer("actor", "critic", "log_alpha", lr=config.learning_rate)
+        for name, rate in self.learning_rates().items():
+            self.optimizer(name, lr=rate)
+
+    def networks(self, obs: int, action: int) -> tuple[TanhGaussianActor, ActionValues]:
+        """Actor and critics for these widths; what descends from SAC has others."""
+        hidden = self.config.hidden
+        return TanhGaussianActor(obs, hidden, action), Critic(obs, action, hidden)
+
+    def learning_rates(self) -> dict[str, float]:
+        """Adam's rate of each network."""
+        return dict.fromkeys(("actor", "critic", "log_alpha"), self.config.learning_rate)
 
     def critic_loss(self, batch: Batch) -> tuple[Tensor, Metrics]:
         """Soft Bellman error of both critics."""
@@ -85,7 +94,7 @@ class SAC(Agent):
         obs = self.normalizer(obs)
         return self.actor.sample(obs)[0] if explore else self.actor(obs)
 
-    def policy(self, obs: Tensor) -> Policy:
+    def distribution(self, obs: Tensor) -> Policy:
         """(N, obs) -> the Gaussian before the tanh."""
         mean, log_std = self.actor.gaussian(self.normalizer(obs))
         return Policy(mean, log_std.exp(), squashed=True)

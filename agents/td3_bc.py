@@ -16,7 +16,7 @@ from gymnasium.spaces import Space
 from torch import Tensor
 
 from rl_shift.agent import Agent, Batch, Metrics
-from rl_shift.networks import Critic, DeterministicActor
+from rl_shift.networks import ActionValues, Critic, DeterministicActor
 
 
 class TD3BC(Agent):
@@ -44,26 +44,40 @@ class TD3BC(Agent):
         exploration_noise: float = 0.1  # online only; TD3
 
     def __init__(
-        self, observation_space: Space[Any], action_space: Space[Any], config: Config
+        self, observation_space: Space[Any], action_space: Space[Any], config: Any
     ) -> None:
         super().__init__(observation_space, action_space, config)
         obs, action = observation_space.shape[0], action_space.shape[0]  # type: ignore[index]
         self.delay = config.policy_delay
-        self.actor = DeterministicActor(obs, config.hidden, action)
-        self.critic = Critic(obs, action, config.hidden)
+        self.actor, self.critic = self.networks(obs, action)
         self.target_actor = copy.deepcopy(self.actor)
         self.target_critic = copy.deepcopy(self.critic)
-        self.optimizer("actor", "critic", lr=config.learning_rate)
+        for name, rate in self.learning_rates().items():
+            self.optimizer(name, lr=rate)
+
+    def networks(self, obs: int, action: int) -> tuple[DeterministicActor, ActionValues]:
+        """Actor and critics for these widths; what descends from TD3+BC has others."""
+        hidden = self.config.hidden
+        return DeterministicActor(obs, hidden, action), Critic(obs, action, hidden)
+
+    def learning_rates(self) -> dict[str, float]:
+        """Adam's rate of each network."""
+        return dict.fromkeys(("actor", "critic"), self.config.learning_rate)
+
+    def smoothed_action(self, obs: Tensor) -> Tensor:
+        """The target actor's action with clipped noise, (B, obs) -> (B, action)."""
+        c = self.config
+        action: Tensor = self.target_actor(obs)
+        if c.policy_noise:
+            noise = c.policy_noise * torch.randn_like(action)
+            action = (action + noise.clamp(-c.noise_clip, c.noise_clip)).clamp(-1, 1)
+        return action
 
     def critic_loss(self, batch: Batch) -> tuple[Tensor, Metrics]:
         """Both critics regress on the smoothed, pessimistic target."""
-        c = self.config
-        next_action = self.target_actor(batch["next_obs"])
-        if c.policy_noise:
-            noise = c.policy_noise * torch.randn_like(next_action)
-            next_action = (next_action + noise.clamp(-c.noise_clip, c.noise_clip)).clamp(-1, 1)
+        next_action = self.smoothed_action(batch["next_obs"])
         target_q = self.target_critic(batch["next_obs"], next_action).amin(0)
-        target = batch["reward"] + c.discount * ~batch["terminated"] * target_q
+        target = batch["reward"] + self.config.discount * ~batch["terminated"] * target_q
         q = self.critic(batch["obs"], batch["action"])
         loss = (q - target).square().mean(-1).sum()
         return loss, {"critic/loss": loss, "critic/q": q.mean()}

@@ -12,12 +12,13 @@ from typing import Any
 import gymnasium
 from gymnasium.vector import AutoresetMode, SyncVectorEnv
 
+from rl_shift.envs.shift import ShiftWrapper
 from rl_shift.envs.state import env_state, set_env_state
 from rl_shift.envs.wrappers import agent_view
 from rl_shift.errors import UserError
 from rl_shift.seeding import child
 
-__all__ = ["env_state", "make", "make_env", "set_env_state"]
+__all__ = ["ShiftWrapper", "env_state", "make", "make_env", "set_env_state"]
 
 # Made only when asked for; Gymnasium knows them once this module is imported.
 for _name, _entry_point in {
@@ -37,12 +38,10 @@ def make_env(
 
     Args:
         id: a Gymnasium id, one of ours, or "module:Id-v0".
-        shift: specification of the shift to apply over time; None for none.
+        shift: what changes over the environment's life, see `rl_shift.envs.shift`; None: nothing.
         obs_pad: zeros appended to each observation (84 for D4RL's Ant data).
         **kwargs: passed on to `gymnasium.make`.
     """
-    if shift is not None:
-        raise UserError(f"environment {id!r}: shift={shift!r} is not available; leave it out")
     _check_mujoco_version(id)
     _quiet_mujoco()
     # The passive checker costs a tenth of a MuJoCo step and prints what authors, not users, need.
@@ -62,7 +61,8 @@ def make_env(
         ) from error
     except gymnasium.error.Error as error:
         raise UserError(f"environment {id!r} cannot be made: {_one_line(error)}") from error
-    return agent_view(env, obs_pad)
+    env = agent_view(env, obs_pad)
+    return env if shift is None else ShiftWrapper(env, shift)
 
 
 def make(

@@ -27,22 +27,30 @@ class InfCartPole(gymnasium.Env[Any, Any]):
     Observation: x in m, its speed, the angle in [0, 2 pi) (0: upright), its speed; float32. With
     `angle_obs="sincos"` the angle is replaced by its sine and cosine. Actions: 0 pushes to the left
     and 1 to the right with `force`. Reward: 1 - x^2 / 11.52 - degrees^2 / 288. A pole that falls
-    through straight down starts anew near upright; neither that nor the track's end is an end.
+    through straight down starts anew near upright; neither that nor the track's end ends anything.
+    Every `horizon` steps `truncated` is True, and a `reset()` without a seed lets the life go on.
 
     Args:
+        horizon: steps between two truncations; 0: never.
         angle_obs: "raw" (as published; jumps between 0 and 2 pi at the upright) or "sincos".
         **parameters: gravity (m/s^2), cart_mass, pole_mass (kg), length (half the pole, m), force
             (N; negative: the controls are inverted).
 
     Raises:
-        UserError: an unknown parameter or form of the angle.
+        UserError: a negative horizon, an unknown parameter or form of the angle.
     """
 
     parameters: dict[str, float]
 
     def __init__(
-        self, angle_obs: str = "raw", render_mode: str | None = None, **parameters: float
+        self,
+        horizon: int = 10_000,
+        angle_obs: str = "raw",
+        render_mode: str | None = None,
+        **parameters: float,
     ) -> None:
+        if horizon < 0:
+            raise UserError(f"InfCartPole: horizon must not be negative, got {horizon}")
         if angle_obs not in ("raw", "sincos"):
             raise UserError(f"InfCartPole: angle_obs is raw or sincos, not {angle_obs!r}")
         for name in parameters:
@@ -51,7 +59,7 @@ class InfCartPole(gymnasium.Env[Any, Any]):
                     f"InfCartPole has no parameter {name!r}{nearest(name, DEFAULTS)}; it has "
                     f"{', '.join(DEFAULTS)}"
                 )
-        self.render_mode = render_mode
+        self.render_mode, self.horizon, self.time = render_mode, horizon, 0
         self.parameters = {k: float(parameters.get(k, v)) for k, v in DEFAULTS.items()}
         self.sincos = angle_obs == "sincos"
         size = 5 if self.sincos else 4
@@ -62,10 +70,13 @@ class InfCartPole(gymnasium.Env[Any, Any]):
     def reset(
         self, *, seed: int | None = None, options: dict[str, Any] | None = None
     ) -> tuple[NDArray[np.float32], dict[str, Any]]:
-        """Near upright in the middle: all four numbers U(-0.05, 0.05)."""
+        """With a seed, or at first, near upright in the middle: all four numbers U(-0.05, 0.05)."""
+        first = self._np_random is None
         super().reset(seed=seed)
-        self.position = self.np_random.uniform(-0.05, 0.05, 4).tolist()
-        self.position[2] %= 2 * math.pi
+        if seed is not None or first:
+            self.time = 0
+            self.position = self.np_random.uniform(-0.05, 0.05, 4).tolist()
+            self.position[2] %= 2 * math.pi
         return self._observation(), {}
 
     def step(self, action: Any) -> tuple[NDArray[np.float32], float, bool, bool, dict[str, Any]]:
@@ -94,7 +105,9 @@ class InfCartPole(gymnasium.Env[Any, Any]):
         self.position = [x, x_dot, theta, theta_dot]
         degrees = math.degrees(min(theta, 2 * math.pi - theta))
         reward = 1 - x**2 / 11.52 - degrees**2 / 288
-        return self._observation(), reward, False, False, {"hidden_reset": fallen}
+        self.time += 1
+        truncated = self.horizon > 0 and self.time % self.horizon == 0
+        return self._observation(), reward, False, truncated, {"hidden_reset": fallen}
 
     def _observation(self) -> NDArray[np.float32]:
         x, x_dot, theta, theta_dot = self.position

@@ -111,7 +111,7 @@ class Agent(Learner):
         """(N, obs) -> (N, action) in [-1, 1], or (N,) int64; pure."""
         raise NotImplementedError
 
-    def policy(self, obs: Tensor) -> Policy:
+    def distribution(self, obs: Tensor) -> Policy:
         """The distribution behind `act` at raw (N, obs); default: its greedy action. Pure."""
         return Policy(self.act(obs, False))
 
@@ -271,7 +271,10 @@ class Agent(Learner):
         """
         from rl_shift.config import Task
 
-        for prefix, agent in self.prefixed():
+        restored: set[str] = set()
+        while left := [pair for pair in self.prefixed() if pair[0] not in restored]:
+            prefix, agent = left[0]  # asked anew each time: `build` may replace a contained agent
+            restored.add(prefix)
             saved = state["agents"][prefix]
             agent.updates = saved["updates"]
             agent.begun = [Task.from_plain(task) for task in saved["begun"]]
@@ -335,9 +338,11 @@ class Wrapper(Agent):
         """The base's action."""
         return self.base.act(obs, explore)
 
-    def policy(self, obs: Tensor) -> Policy:
+    def distribution(self, obs: Tensor) -> Policy:
         """The base's distribution, unless this agent acts in another way."""
-        return self.base.policy(obs) if type(self).act is Wrapper.act else super().policy(obs)
+        if type(self).act is Wrapper.act:
+            return self.base.distribution(obs)
+        return super().distribution(obs)
 
     def sample(self, buffer: Buffer | Mixture) -> Batch:
         """What the base wants to see."""

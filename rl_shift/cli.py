@@ -23,6 +23,7 @@ COMMANDS = {
     "list": ("rl_shift.commands:listing", "list agents, envs, datasets or presets"),
     "sweep": ("rl_shift.sweep:sweep", "train every combination of a grid file"),
     "report": ("rl_shift.report:report", "compare runs: tables, intervals, pictures, one page"),
+    "export": ("rl_shift.exporting:export", "write a policy as ONNX, TorchScript or torch program"),
     "demo": ("rl_shift.demo:demo", "train on the bundled dataset and show the result"),
 }
 

@@ -21,6 +21,7 @@ from rl_shift.errors import UserError
 if TYPE_CHECKING:
     from rl_shift.agent import Agent
     from rl_shift.buffer import Buffer
+    from rl_shift.life import Life
 
 
 class Collector:
@@ -33,6 +34,7 @@ class Collector:
         seed: int,
         task: int = 0,
         reward: tuple[float, float] = (1.0, 0.0),
+        life: Life | None = None,
     ) -> None:
         """Tie an environment to a buffer.
 
@@ -42,6 +44,7 @@ class Collector:
             seed: of the environments' first episodes and of random actions.
             task: number written into the column "task".
             reward: (scale, shift) of the stored reward; reported returns are raw.
+            life: takes every raw reward.
         """
         mode = vector_env.metadata.get("autoreset_mode")
         if mode != AutoresetMode.SAME_STEP:
@@ -55,6 +58,8 @@ class Collector:
         self.seed = seed
         self.steps = 0  # vector steps so far
         self._scale, self._shift = reward
+        self.life = life
+        self.task = task
         self._task = np.full(vector_env.num_envs, task, dtype=np.int64)
         self._generator = seeding.numpy_generator(seed, "random_action")
         self._begun = False
@@ -123,6 +128,8 @@ class Collector:
         next_obs = np.array(obs)
         self._returns += reward
         self._lengths += 1
+        if self.life is not None:
+            self.life.add(reward, infos)
         for lane in ended.nonzero()[0]:
             next_obs[lane] = infos["final_obs"][lane]
             finished["returns"].append(float(self._returns[lane]))
@@ -163,6 +170,7 @@ class Collector:
             "lengths": torch.from_numpy(self._lengths.copy()),
             "generator": self._generator.bit_generator.state,
             "envs": envs,
+            "life": None if self.life is None else self.life.state(),
         }
 
     def load_state(self, state: Mapping[str, Any]) -> bool:
@@ -176,6 +184,8 @@ class Collector:
 
         self.steps = int(state["steps"])
         self._generator.bit_generator.state = state["generator"]
+        if self.life is not None:
+            self.life.load_state(state["life"])
         if state["envs"] is None:
             self.reset()
             return False

@@ -2,8 +2,11 @@
 
 Precedence: dataclass defaults < preset < files < flags. A preset is a YAML file of
 `rl_shift.configs`; files are further YAML files, later ones winning. Tasks are merged by their
-index: `tasks: [{updates: 5}]` in a file says the same as the flag `--tasks.0.updates 5`. Nothing
-here imports torch or gymnasium until an agent is named.
+index: `tasks: [{updates: 5}]` in a file says the same as the flag `--tasks.0.updates 5`. Under
+`datasets`, a preset or a file holds values for single datasets: the keys are patterns such as
+`hopper-medium-v?` (several are separated by spaces), and every entry that matches the first task's
+dataset overrides the rest of that layer. Nothing here imports torch or gymnasium until an agent is
+named.
 """
 
 from __future__ import annotations
@@ -13,6 +16,7 @@ import re
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
+from fnmatch import fnmatchcase
 from importlib.resources import files
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
@@ -105,6 +109,7 @@ class RunConfig:
     log_every: int = 1000  # in updates; in env steps where a task has them; so are the next two
     eval_every: int = 5000  # 0: only at the end
     eval_episodes: int = 10  # episodes per evaluation and seed
+    life_every: int = 0  # env steps per recorded reward of online tasks; 0: 100 if they shift
     lanes: int = 1  # environments that collect side by side in online tasks
     eval_lanes: int = 10  # environments that are evaluated side by side
     save_every: int = 50_000  # 0: only at the end
@@ -116,7 +121,7 @@ class RunConfig:
         """Refuses numbers that mean nothing."""
         positive = ("seeds", "threads", "log_every", "eval_episodes", "eval_lanes", "lanes")
         least = dict.fromkeys(positive, 1) | {"keep_checkpoints": 1}
-        least |= {"seed": 0, "eval_every": 0, "save_every": 0}
+        least |= {"seed": 0, "eval_every": 0, "save_every": 0, "life_every": 0}
         for name, bound in least.items():
             if getattr(self, name) < bound:
                 raise UserError(f"{name} must be at least {bound}, not {getattr(self, name)}")
@@ -269,10 +274,16 @@ def resolve(agent_name: str, layers: Sequence[Layer], flags: Sequence[str] = ())
     named = [int(index) for _, data in indexed for index in data.get("tasks", ())]
     count = max([0, *named, *_task_indices(flags)]) + 1
     parser = run_parser(config_class, count)
-    values = parser.defaults()
-    for where, data in indexed:
-        values |= parser.layer(data, where)
-    values |= parser.flags(flags)
+
+    def merged(dataset: str) -> dict[str, Any]:
+        values = parser.defaults()
+        for where, data in indexed:
+            values |= _layer_values(parser, data, where, dataset)
+        return values | parser.flags(flags)
+
+    values = merged("")
+    if any("datasets" in data for _, data in indexed):  # what they are for is known only now
+        values = merged(Path(str(values["tasks.0.dataset"])).stem)
     tasks = [build(TaskSettings, values, f"tasks.{i}.") for i in range(count)]
     run = {o.key: values[o.key] for o in _run_options()}
     agent = _with_base(build(config_class, values, "agent."))
@@ -283,6 +294,24 @@ def resolve(agent_name: str, layers: Sequence[Layer], flags: Sequence[str] = ())
         tasks=tuple(_named(task, i, idle) for i, task in enumerate(tasks)),
         **run,
     )
+
+
+def _layer_values(
+    parser: Parser, data: Mapping[str, Any], where: str, dataset: str
+) -> dict[str, Any]:
+    """A layer's values for a dataset; the entries for other datasets are checked all the same."""
+    entries = data.get("datasets") or {}
+    values = parser.layer({k: v for k, v in data.items() if k != "datasets"}, where)
+    if not isinstance(entries, Mapping):
+        raise UserError(f"datasets in {where} must hold a pattern and values, not {entries!r}")
+    for patterns, entry in entries.items():
+        place = f"{where}, datasets {patterns!r}"
+        if not isinstance(entry, Mapping):
+            raise UserError(f"{place} must hold keys and values, not {entry!r}")
+        found = parser.layer(_with_indexed_tasks(entry, place), place)
+        if any(fnmatchcase(dataset, pattern) for pattern in str(patterns).split()):
+            values |= found
+    return values
 
 
 def _with_base(agent: Any) -> Any:

@@ -15,6 +15,7 @@ from rl_shift.errors import UserError
 from rl_shift.options import Parser, options_of, split
 
 if TYPE_CHECKING:
+    from rl_shift.agent import Agent
     from rl_shift.config import Task
     from rl_shift.evaluation import Result
 
@@ -31,19 +32,26 @@ class EvaluationSettings:
 
     episodes: int = 100  # per task and seed
     env: str | None = None  # Gymnasium id; default: the run's own environments
+    shift: str | None = None  # KIND:field=value,...+...: of the environments; none: leave it out
     seed: int = 0  # of the environments; equal seeds give equal initial states
     lanes: int = 10  # environments side by side
     compare: str | None = None  # FIELD=A,B: the same episodes with each value, paired
     json: str | None = None  # also write every return to this file
+    video: str | None = None  # folder: also film the first episode of every task and seed
     threads: int = 1  # CPU threads
 
 
 def evaluate(argv: list[str]) -> int:
     """`rl-shift evaluate`."""
     words, flags = split(argv, switches=("--help", "-h"))
+    if any(flag.partition("=")[0] == "--ope" for flag in flags):
+        from rl_shift.ope_command import ope
+
+        return ope(words, flags)
     parser = Parser(
         options_of(EvaluationSettings),
-        usage="rl-shift evaluate RUN_DIR[#k] [options] [--agent.FIELD V]...",
+        usage="rl-shift evaluate RUN_DIR[#k] [options] [--agent.FIELD V]...\n"
+        "       rl-shift evaluate POLICY... --ope fqe --dataset ID|PATH [options]",
         description="Evaluates the last checkpoint of a run on whole episodes. RUN_DIR#k takes the "
         "k-th of several seeds. --agent.FIELD and --compare accept the fields that the agent marks "
         "as evaluation-time.",
@@ -71,7 +79,19 @@ def evaluate(argv: list[str]) -> int:
         print(line["text"])
     if settings.json is not None:
         _write(Path(settings.json), _report(spec, settings, variants, pairs))
+    if settings.video is not None:
+        _film(spec, requested[0], settings)
     return 0
+
+
+def _film(spec: str, change: Mapping[str, Any], settings: EvaluationSettings) -> None:
+    """The first episode of every task and seed as a file."""
+    from rl_shift.video import film
+
+    agent, tasks = _loaded(spec, change, settings)
+    for task in tasks:
+        for one in film(agent, task, Path(str(settings.video)), settings.seed):
+            print(f"video: {one.path} (return {one.total:.1f} in {one.steps} steps)")
 
 
 def _requested(spec: str, flags: list[str], compare: str | None) -> list[dict[str, Any]]:
@@ -107,22 +127,15 @@ def compared(text: str) -> tuple[str, list[str]]:
 
 def evaluated(spec: str, overrides: Mapping[str, Any], settings: EvaluationSettings) -> Results:
     """One result per task of the run; with `env` just one."""
-    from rl_shift import runs
-    from rl_shift.dataset_table import reference_scores_of
     from rl_shift.evaluation import evaluate as play
 
-    agent, _, tasks = runs.load_agent(spec, dict(overrides))
-    if settings.env is not None:
-        scores = reference_scores_of(settings.env)
-        tasks = [replace(tasks[-1], env=settings.env, shift=None, reference_scores=scores)]
+    agent, tasks = _loaded(spec, overrides, settings)
     results = []
     for task in tasks:
-        if task.env is None:
-            raise UserError(f"task {task.name!r} of {spec} names no environment: give --env ID")
         agent.focus(task)
         result = play(
             agent,
-            task.env,
+            str(task.env),
             episodes=settings.episodes,
             seed=settings.seed,
             lanes=settings.lanes,
@@ -133,6 +146,39 @@ def evaluated(spec: str, overrides: Mapping[str, Any], settings: EvaluationSetti
         )
         results.append((task, result))
     return results
+
+
+def _loaded(
+    spec: str, overrides: Mapping[str, Any], settings: EvaluationSettings
+) -> tuple[Agent, list[Task]]:
+    """The agent, and its tasks as they are to be played."""
+    from rl_shift import runs
+    from rl_shift.dataset_table import reference_scores_of
+
+    agent, _, tasks = runs.load_agent(spec, dict(overrides))
+    if settings.env is not None:
+        scores = reference_scores_of(settings.env)
+        tasks = [replace(tasks[-1], env=settings.env, shift=None, reference_scores=scores)]
+    if settings.shift is not None:
+        shift = None if settings.shift == "none" else _shift(settings.shift, agent)
+        tasks = [replace(task, shift=shift) for task in tasks]
+    for task in tasks:
+        if task.env is None:
+            raise UserError(f"task {task.name!r} of {spec} names no environment: give --env ID")
+    return agent, tasks
+
+
+def _shift(text: str, agent: Agent) -> Any:
+    """The specification; relative noise is in units of the deviation that the agent knows."""
+    from rl_shift.envs.shift import with_state_std
+
+    for part in agent.contained():
+        std = part.normalizer.std.reshape(-1, *part.normalizer.std.shape[-1:])[
+            0
+        ]  # equal over seeds
+        if std.dim() == 1 and not bool((std == 1).all()):
+            return with_state_std(text, std.tolist())
+    return text
 
 
 def paired(first: Variant, second: Variant) -> list[dict[str, Any]]:
@@ -226,6 +272,7 @@ def _report(
         "format": 1,
         "run": spec,
         "episodes": settings.episodes,
+        "shift": settings.shift,
         "seed": settings.seed,
         "evaluations": evaluations,
         "differences": [{k: v for k, v in line.items() if k != "text"} for line in lines],

@@ -23,7 +23,7 @@ from gymnasium.spaces import Box, Space
 from rl_shift import agents, checkpoint, config, datasets, envs, seeding, separate_seeds
 from rl_shift.agent import Agent, Stage, Wrapper
 from rl_shift.config import RunConfig, Task
-from rl_shift.errors import TrainingDiverged, UserError
+from rl_shift.errors import TrainingDiverged, UnsupportedSpace, UserError
 from rl_shift.evaluation import normalized_score
 from rl_shift.launcher import LOG
 from rl_shift.loggers import Loggers, Progress
@@ -238,18 +238,37 @@ def _reuse(agent: Agent, tasks: Sequence[Task]) -> None:
                 part.base.load_state(source.state())
         for field in part.reusable:
             spec = getattr(part.config, field)
-            if spec:
+            if isinstance(spec, tuple):
+                _reuse_per_task(part, field, spec, tasks)
+            elif spec:
                 source = _trained(spec, type(part), part, tasks)
                 with _fitting(spec):
                     part.reuse(field, source)
 
 
-def _trained(spec: str, kind: type[Agent], target: Agent, tasks: Sequence[Task]) -> Agent:
-    """The agent of a run that another run builds on: one seed, same spaces, same data."""
+def _reuse_per_task(part: Agent, field: str, specs: tuple[str, ...], tasks: Sequence[Task]) -> None:
+    """One finished run for every task, in their order; none at all is no mistake."""
+    if specs and len(specs) != len(tasks):
+        raise UserError(f"agent.{field} names {len(specs)} runs for {len(tasks)} tasks")
+    for spec, task in zip(specs, tasks, strict=False):
+        source = _trained(spec, Agent, task, [task])
+        with _fitting(spec):
+            part.reuse(field, source)
+
+
+def _trained(spec: str, kind: type[Agent], target: Agent | Task, tasks: Sequence[Task]) -> Agent:
+    """The agent of a run that another run builds on: one seed, same spaces, same data.
+
+    Args:
+        spec: `RUN_DIR[#k]`.
+        kind: what the agent must be; `Agent` itself takes any.
+        target: whose spaces must be the agent's.
+        tasks: whose data the run must have seen.
+    """
     source, _, _ = load_agent(spec)
     if source.seeds > 1:
         raise UserError(f"{spec} holds {source.seeds} seeds: name one, {spec}#0 and so on")
-    if type(source) is not kind:
+    if kind is not Agent and type(source) is not kind:
         raise UserError(f"{spec} is a run of {type(source).__name__}, not of {kind.__name__}")
     for name in ("observation_space", "action_space"):
         theirs, mine = getattr(source, name), getattr(target, name)
@@ -290,6 +309,14 @@ def _shape(space: Any) -> tuple[Any, Any]:
 def _check_spaces(agent: Agent, tasks: Sequence[Task]) -> None:
     """Later tasks fit the first one's networks, unless the agent builds some for each task."""
     if any(type(part).build is not Agent.build for part in agent.contained()):
+        for task in tasks:
+            assert task.observation_space is not None and task.action_space is not None
+            reason = agent.supports(task.observation_space, task.action_space)
+            if reason is not None:
+                raise UnsupportedSpace(
+                    f"{type(agent).__name__} cannot learn task {task.name!r}: {reason} "
+                    f"(observations {task.observation_space}, actions {task.action_space})"
+                )
         return
     shapes = [_shape(s) for task in tasks for s in (task.observation_space, task.action_space)]
     for k, task in enumerate(tasks):
@@ -565,6 +592,7 @@ def _results(
         "evaluations": evaluations,
         "last": evaluations[-1] if evaluations else None,
         "best": max(evaluations, key=merit) if evaluations else None,
+        **({"lives": lives} if (lives := trainer.lives()) else {}),
         "updates": trainer.clock.counted_updates,
         "env_steps": trainer.clock.total_env_steps,
         "wall_time_s": round(wall_s, 1),

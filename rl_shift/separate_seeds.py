@@ -205,6 +205,7 @@ def merged(children: Sequence[Job], errors: Mapping[str, str]) -> dict[str, Any]
         "evaluations": evaluations,
         "last": evaluations[-1] if evaluations else None,
         "best": max(evaluations, key=runs.merit) if evaluations else None,
+        **({"lives": lives} if (lives := [x for r in every for x in r.get("lives", [])]) else {}),
         "updates": min(results["updates"] for results in every),
         "env_steps": min(results["env_steps"] for results in every),
         "wall_time_s": round(sum(results["wall_time_s"] for results in every), 1),

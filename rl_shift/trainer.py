@@ -24,6 +24,7 @@ from rl_shift.collector import Collector
 from rl_shift.compile import Updater
 from rl_shift.errors import TrainingDiverged, UserError
 from rl_shift.evaluation import Evaluator
+from rl_shift.life import Life
 
 if TYPE_CHECKING:
     from rl_shift.agent import Agent, Metrics, Stage
@@ -73,6 +74,7 @@ class Trainer:
         self.log, self.save, self.tick, self.evaluated = log, save, tick, evaluated
         self.clock = Clock()
         self.evaluations: list[dict[str, Any]] = []
+        self._lives: list[dict[str, Any]] = []  # of the tasks that ended
         self.score: float | None = None  # mean over seeds of the last evaluation that has one
         self.seconds = 0.0  # spent in updates and interaction, evaluation excluded
         self.buffer: Buffer  # the task's data, or its ring where it has none
@@ -319,7 +321,7 @@ class Trainer:
         observation_space, action_space = task.observation_space, task.action_space
         assert observation_space is not None and action_space is not None
         spec = transition_spec(observation_space, action_space)
-        self.ring = self.collector = None
+        self._lives, self.ring, self.collector = self.lives(), None, None
         if task.data is not None:
             arrays = datasets.load(
                 task.data,
@@ -338,11 +340,20 @@ class Trainer:
             raw = {} if task.data is None else datasets.load(task.data, mode=config.data_mode)
             scale = datasets.reward_transform(task.reward, raw)  # the same as the data's
             self.ring = Buffer(spec, capacity, config.lanes, device, seeds, stream="ring")
-            self.collector = Collector(
-                env, self.ring, seeding.child(config.seed, "collector", k), k, scale
-            )
+            every = config.life_every or (100 if task.shift is not None else 0)
+            life = Life(every) if every else None
+            seed = seeding.child(config.seed, "collector", k)
+            self.collector = Collector(env, self.ring, seed, k, scale, life)
             if task.data is None:
                 self.buffer = self.ring
+
+    def lives(self) -> list[dict[str, Any]]:
+        """What each online task with a life earned so far, see `Life.rows`."""
+        current = self.collector
+        if current is None or current.life is None:
+            return list(self._lives)
+        rows = current.life.rows(current.env.num_envs)
+        return [*self._lives, {"task": current.task, "seed": self.config.seed, **rows}]
 
     # ---- state -------------------------------------------------------------------------------
 
@@ -360,6 +371,7 @@ class Trainer:
             "clock": asdict(self.clock),
             "stage": self.agent.stage,
             "evaluations": self.evaluations,
+            "lives": self._lives,
             "rollouts": [list(r) for r in self._rollouts],
             "seconds": self.seconds,
             "generators": seeding.capture(),
@@ -372,6 +384,7 @@ class Trainer:
         """Continue where `state` was taken, once `run` is called."""
         self.clock = Clock(**state["clock"])
         self.evaluations = list(state["evaluations"])
+        self._lives = list(state["lives"])
         scores = [e["score"] for e in self.evaluations if e["score"] is not None]
         self.score = float(np.mean(scores[-1])) if scores else None
         self.seconds = state["seconds"]

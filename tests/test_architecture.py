@@ -47,12 +47,13 @@ CORE_MAY_IMPORT: dict[str, set[str]] = {
     "cli": {"errors"},
 }
 AGENTS_MAY_IMPORT = {
-    "agent", "agents", "buffer", "curiosity", "diffusion", "dynamics", "errors", "held_out",
-    "inverse_dynamics", "networks", "online_networks", "priorities", "rollouts", "running",
-    "score", "seeding",
+    "agent", "agents", "buffer", "continual", "curiosity", "denoisers", "diffusion", "dynamics",
+    "errors", "guidance", "held_out", "inverse_dynamics", "networks", "online_networks",
+    "priorities", "retention", "rollouts", "running", "score", "seeding", "selectors",
+    "synthetic", "trajectories",
 }  # fmt: skip
 ENVS_MAY_IMPORT = {"envs", "errors", "seeding"}
-COMMANDS = {"cli", "commands", "data_commands", "demo", "evaluate_command", "worker"}
+COMMANDS = {"cli", "commands", "data_commands", "demo", "evaluate_command", "ope_command", "worker"}
 
 LINES = {"agents": 250, "envs": 220, "rl_shift": 300, "scripts": 120}  # aims, not limits
 DEPTH = 2  # classes between an agent and Agent, itself included

@@ -1,0 +1,273 @@
+"""PGD: Policy-Guided Diffusion (Jackson et al., 2024), near-on-policy data for an offline agent.
+
+Faithful: window rules, row layout, EDM objective, U-Net, closed form of the guidance, mixture of
+15/16 generated and 1/16 real rows, first set unguided, a new one every 10,000 updates. Differs: the
+sampler takes its Euler step from the right point, 32 deterministic steps instead of 256 with churn,
+guidance inside the denoiser (`guidance: additive` is the published rule), terminal rows at the end
+of a window are kept, the average of the weights moves at every update, no warm-up of the learning
+rate. The base keeps its own update ratios. Known gaps: one dataset per task, no interaction.
+"""
+
+from __future__ import annotations
+
+import copy
+import logging
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any, ClassVar, Literal
+
+import torch
+from gymnasium.spaces import Space
+from torch import Tensor
+
+from rl_shift.agent import Agent, Batch, Metrics, Stage, Wrapper
+from rl_shift.buffer import Buffer, Mixture, transition_spec
+from rl_shift.denoisers import ResidualMLP, TemporalUNet
+from rl_shift.diffusion import EDM, Sampler, Solver
+from rl_shift.errors import UserError
+from rl_shift.guidance import Form, Guidance, Norm, log_likelihood, tuned
+from rl_shift.synthetic import Synthetic, taking_turns
+from rl_shift.trajectories import TrajectoryCodec, window_starts
+
+if TYPE_CHECKING:
+    from rl_shift.config import Task
+
+log = logging.getLogger(__name__)
+PROBES, PROBE_WINDOWS = 5, 40  # of the self-tuned strength, before each generation
+
+
+class PGD(Wrapper):
+    """Trains its base on windows of the behaviour, pushed towards the base's current policy.
+
+    L(denoiser)  = E (sigma^2 + 1) / sigma^2 (D(y + sigma eps; sigma) - y)^2
+    p(window)    ~ behaviour(window) prod_t pi(a_t|s_t)^lambda
+    """
+
+    stackable = False  # what is generated belongs to one seed
+    reusable: ClassVar[Mapping[str, tuple[str, ...]]] = {
+        "denoiser": ("codec", "behaviour", "averaged")
+    }
+
+    @dataclass(frozen=True)
+    class Config:
+        """Hyper-parameters; the published code's values where not said otherwise."""
+
+        base: str = "td3_bc"  # any offline agent, by name
+        base_config: dict[str, Any] = field(default_factory=dict)  # its fields
+        base_run: str = ""  # filled in for --agent.base RUN_DIR: generate for a finished policy
+        denoiser: str = ""  # RUN_DIR whose trained denoiser is used instead of a new one
+        # windows and denoiser
+        window: int = 32  # rows T
+        stride: int = 8  # distance of window starts
+        network: Literal["unet", "mlp"] = (
+            "unet"  # mlp: SynthER's, for windows of up to 8 rows; ours
+        )
+        width: int = 128  # 1024; see the presets
+        depth: int = 6  # residual blocks of the mlp; SynthER
+        denoiser_updates: int = 100_000  # ours; 10,000 epochs
+        denoiser_batch: int = 256  # ours; 32
+        learning_rate: float = 1e-3  # Adam, cosine; ours, 2e-3
+        clip: float | None = 1.0  # SynthER; none
+        average: float = 0.0005  # rate of the averaged weights; 0.005 every tenth update
+        # generation
+        windows: int = 8192  # per full generation
+        synthesis_updates: int = 8  # blocks in which it is done
+        sampler_steps: int = 32  # ours; 256
+        solver: Solver = "heun"  # dpm: half the calls
+        churn: float = 0.0  # ours; 80
+        guidance: Form = "curvature"  # ours; additive
+        coefficient: float = 4.0  # ours; 0, that is no guidance. Not comparable between forms
+        spread: float = 0.0  # > 0: tune the coefficient until actions spread so around the policy
+        norm: Norm = "rms"  # additive only; ours, none
+        denoised: bool = False  # additive only: score at the denoised window
+        bump: float = 0.3  # additive only
+        invariant: bool = True  # additive only: strength per 256 steps; ours
+        # learning from it
+        refresh_updates: int = 10_000  # base updates between generations
+        refresh_fraction: float = 1.0  # share of the windows made anew each time
+        real_fraction: float = 0.0625  # of a batch: 16 of 256
+
+    def __init__(
+        self,
+        observation_space: Space[Any],
+        action_space: Space[Any],
+        config: Config,
+        base: Agent | None = None,
+    ) -> None:
+        super().__init__(observation_space, action_space, config, base)
+        c = config
+        obs, action = observation_space.shape[0], action_space.shape[0]  # type: ignore[index]
+        self.codec = TrajectoryCodec(obs, action, c.window)
+        if c.network == "unet":
+            self.behaviour = EDM(TemporalUNet(self.codec.width, c.width))
+        else:
+            self.behaviour = EDM(ResidualMLP((c.window, self.codec.width), c.width, c.depth))
+        self.averaged = copy.deepcopy(self.behaviour)
+        self.optimizer("behaviour", lr=c.learning_rate, schedule="cosine", clip=c.clip)
+        self.register_buffer("coefficient", torch.tensor(c.coefficient))
+        self.sampler = Sampler(c.sampler_steps, c.solver, c.churn)
+        self.form = Guidance(c.guidance, c.norm, c.denoised, c.bump, c.invariant)
+        self.starts = torch.zeros(0, dtype=torch.int64)
+        self.synthetic: Synthetic | None = None
+        if self.base.columns:
+            raise UserError(
+                f"{c.base} needs the data's {', '.join(self.base.columns)}, which generated rows "
+                "do not have: choose another base"
+            )
+
+    coefficient: Tensor
+
+    @staticmethod
+    def supports(observation_space: Space[Any], action_space: Space[Any]) -> str | None:
+        """Vectors and continuous actions, whatever the base takes."""
+        return Agent.supports(observation_space, action_space)
+
+    # ---- the behaviour's denoiser --------------------------------------------------------------
+
+    def behaviour_loss(self, batch: Batch) -> tuple[Tensor, Metrics]:
+        """EDM's loss on raw windows (B, T, ...)."""
+        loss = self.behaviour.loss(self.codec.encode(batch))
+        return loss, {"loss": loss}
+
+    def reuse(self, field: str, source: Agent) -> None:
+        """Take a trained denoiser of the same window."""
+        theirs = int(source.get_submodule("codec").window)  # type: ignore[arg-type]
+        if theirs != self.config.window:
+            raise UserError(
+                f"the denoiser of {self.config.denoiser} was trained on windows of {theirs} rows: "
+                f"give --agent.window {theirs} instead of {self.config.window}"
+            )
+        super().reuse(field, source)
+
+    # ---- generation ----------------------------------------------------------------------------
+
+    def generate(self, count: int, guided: bool) -> Tensor:
+        """Encoded windows of the behaviour, or of the behaviour near the policy, (count, T, d)."""
+        shape = (count, self.config.window, self.codec.width)
+        noise = torch.randn(shape, dtype=self.codec.mean.dtype, device=self.codec.mean.device)
+        if not guided:
+            return self.sampler(self.averaged, noise)
+        return self.form.sample(
+            self.sampler, self.averaged, noise, self.codec, self.base.distribution, self.coefficient
+        )
+
+    def deviation(self, rows: Batch) -> Tensor:
+        """Root mean square of action - policy, ()."""
+        at = self.base.distribution(rows["obs"])
+        mean = at.mean.tanh() if at.squashed else at.mean
+        return (rows["action"] - mean).square().mean().sqrt()
+
+    def tune(self) -> None:
+        """Move the strength towards the spread that is asked for."""
+        for _ in range(PROBES):
+            rows = self.codec.transitions(self.generate(PROBE_WINDOWS, True))
+            spread = self.deviation(rows)
+            self.coefficient.copy_(tuned(self.coefficient, spread, self.config.spread))
+
+    def synthesise(self, synthetic: Synthetic) -> Batch:
+        """Fill one block of the ring; gives its rows with what is worth knowing about them."""
+        guided = self.stage == "guided"
+        fraction = self.config.refresh_fraction if guided else 1.0
+        with synthetic.noise():
+            if guided and self.config.spread:
+                self.tune()
+            x = self.generate(self.block(fraction), guided)
+        rows = self.codec.transitions(x)
+        endings = self.codec.endings(x)
+        synthetic.extend({key: torch.cat([rows[key], endings[key]]) for key in rows})
+        rows["log_likelihood"] = log_likelihood(self.base.distribution(rows["obs"]), rows["action"])
+        return rows
+
+    def block(self, fraction: float) -> int:
+        """Windows that one update of a generating stage makes."""
+        return max(1, round(self.config.windows * fraction / self.blocks(fraction)))
+
+    def blocks(self, fraction: float) -> int:
+        """Updates of a generating stage; a refresh of a part takes its part of them."""
+        return max(1, round(self.config.synthesis_updates * fraction))
+
+    # ---- hooks ---------------------------------------------------------------------------------
+
+    def stages(self, task: Task) -> list[Stage]:
+        """The denoiser, unless it is given; then generations and the base's updates in turn."""
+        c = self.config
+        first = Stage("unguided", self.blocks(1.0), counted=False)
+        again = Stage("guided", self.blocks(c.refresh_fraction), counted=False)
+        again = first if self.unguided else again
+        turns = taking_turns(super().stages(task), c.refresh_updates, first, again)
+        denoiser = Stage("denoiser", c.denoiser_updates, counted=False)
+        return turns if c.denoiser else [denoiser, *turns]
+
+    @property
+    def unguided(self) -> bool:
+        """Whether the policy has no say: trajectories of the behaviour."""
+        return self.config.coefficient == 0 and not self.config.spread
+
+    def begin_task(self, task: Task, buffer: Buffer) -> None:
+        """Choose windows, take their statistics, make room for what will be generated."""
+        super().begin_task(task, buffer)
+        c = self.config
+        self.schedules["behaviour"] = self.updates + c.denoiser_updates
+        self.find_starts(buffer)
+        if not c.denoiser:
+            self.codec.fit(buffer, self.starts)
+        rows = c.windows * (c.window - 1)
+        device = self.codec.mean.device
+        self.synthetic = Synthetic(self.spec, rows, device, buffer.seeds, len(self.begun) - 1)
+
+    def find_starts(self, buffer: Buffer) -> None:
+        """The windows to learn from; says what the data lose to short episodes."""
+        self.starts, dropped = window_starts(buffer, self.config.window, self.config.stride)
+        if dropped:
+            log.warning(
+                "%.1f %% of the rows lie in episodes shorter than the window of %d rows and are "
+                "left out",
+                100 * dropped,
+                self.config.window,
+            )
+
+    @property
+    def spec(self) -> Mapping[str, Any]:
+        """Columns of generated rows."""
+        return transition_spec(self.observation_space, self.action_space)
+
+    def extra_state(self) -> dict[str, Any]:
+        """What was generated."""
+        return {} if self.synthetic is None else {"synthetic": self.synthetic.state()}
+
+    def load_extra_state(self, extra: dict[str, Any]) -> None:
+        """Take it back."""
+        self.starts = self.starts[:0]
+        if "synthetic" in extra:
+            device = self.codec.mean.device
+            self.synthetic = Synthetic.restored(extra["synthetic"], self.spec, device)
+
+    def sample(self, buffer: Buffer | Mixture) -> Batch:
+        """Windows for the denoiser, a new block of rows, or both kinds of rows for the base."""
+        if self.stage == "denoiser":
+            assert isinstance(buffer, Buffer)
+            if not len(self.starts):  # after a resume
+                self.find_starts(buffer)
+            return buffer.windows(self.config.denoiser_batch, self.config.window, self.starts)
+        if self.synthetic is None or self.stage == "frozen":
+            return super().sample(buffer)
+        if self.stage in ("unguided", "guided"):
+            rows: Batch = self.run(self.synthesise, self.synthetic)
+            return rows
+        return self.base.sample(self.synthetic.mixed(buffer, self.config.real_fraction))
+
+    def update(self, batch: Batch) -> Metrics:
+        """One step of the denoiser, a report on generated rows, or the base's update."""
+        if self.stage == "denoiser":
+            metrics = self.learn("behaviour", self.behaviour_loss, batch)
+            self.polyak("behaviour", "averaged", self.config.average)
+            return metrics
+        if self.stage in ("unguided", "guided"):
+            return {
+                "log_likelihood": batch["log_likelihood"].mean(),
+                "reward": batch["reward"].mean(),
+                "terminated": batch["terminated"].to(batch["reward"]).mean(),
+                "saturated": (batch["action"].abs() > 0.99).to(batch["reward"]).mean(),
+                "coefficient": self.coefficient.clone(),
+            }
+        return super().update(batch)

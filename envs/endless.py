@@ -1,0 +1,20 @@
+"""A life without ends, of any environment. Our design."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import gymnasium
+
+
+class EndlessLife(gymnasium.Wrapper[Any, Any, Any, Any]):
+    """No transition is terminal: where the environment ends, the life is moved to a new start.
+
+    Such a transition keeps its true last observation and is `truncated`, so that learners bootstrap
+    from it and no pair of observations straddles the move; `info["hidden_reset"]` marks it.
+    """
+
+    def step(self, action: Any) -> tuple[Any, Any, bool, bool, dict[str, Any]]:
+        """`terminated` is always False."""
+        obs, reward, terminated, truncated, info = self.env.step(action)
+        return obs, reward, False, terminated or truncated, {**info, "hidden_reset": terminated}

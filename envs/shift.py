@@ -1,0 +1,286 @@
+"""`ShiftWrapper`: any Gymnasium environment, changing over its life. Our design.
+
+    make_env("HalfCheetah-v5", shift="gear:scale=0.5,period=100000")
+    make_env("CartPole-v1", shift={"kind": "parameters", "values": {"length": 2}, "start": 5000})
+
+A specification is a kind with its fields and those of a schedule: as text `KIND:field=value,...`,
+several joined with "+"; as a mapping with `kind`; as a mapping from kinds to factors or fields,
+`{"gravity": 2, "mass": {"body": "torso", "scale": 1.5}}`; or as a list of these under "shifts".
+`context: true` in a mapping appends what `info["shift"]["params"]` says to the observation;
+`endless: true` makes terminal transitions truncations, see `rl_shift.envs.endless`.
+Without schedule fields a shift acts all the time. See `rl_shift.envs.shift_kinds` and
+`rl_shift.envs.schedules`.
+"""
+
+from __future__ import annotations
+
+import functools
+import inspect
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import gymnasium
+import numpy as np
+from gymnasium import spaces
+
+from rl_shift.envs import shift_kinds as kinds
+from rl_shift.envs.endless import EndlessLife
+from rl_shift.envs.schedules import Schedule, make_schedule
+from rl_shift.errors import UserError, nearest
+from rl_shift.seeding import numpy_generator
+
+SCHEDULE_FIELDS = ("type", "period", "start", "end", "sigma", "points")
+_ELEMENTS = {
+    "gravity": None, "mass": "body", "friction": "geom", "damping": "joint", "gear": "actuator"
+}  # fmt: skip
+KINDS: dict[str, Callable[..., kinds.Kind]] = {
+    "reward_flip": kinds.RewardFlip,
+    "reward_scale": kinds.RewardScale,
+    "target_velocity": kinds.TargetVelocity,
+    "obs_permute": kinds.ObsPermute,
+    "obs_negate": kinds.ObsNegate,
+    "obs_scale": kinds.ObsScale,
+    "obs_bias": kinds.ObsBias,
+    "obs_noise": kinds.ObsNoise,
+    "obs_dropout": kinds.ObsDropout,
+    "colour_swap": kinds.ColourSwap,
+    "rotation": kinds.Rotation,
+    "green_white": kinds.GreenWhite,
+    "action_flip": kinds.ActionFlip,
+    "action_gain": kinds.ActionGain,
+    "action_permute": kinds.ActionPermute,
+    "action_delay": kinds.ActionDelay,
+    **{name: functools.partial(kinds.Scale, quantity=name) for name in _ELEMENTS},
+    "wind": kinds.Wind,
+    "parameters": kinds.Parameters,
+    "push": kinds.Push,
+}
+ORDER = ("dynamics", "disturbance", "action", "reward", "observation")
+
+
+@dataclass
+class Shift:
+    """A kind and when it acts."""
+
+    name: str
+    kind: kinds.Kind
+    schedule: Schedule
+
+
+@dataclass
+class Plan:
+    """What a specification says."""
+
+    shifts: list[Shift]
+    context: bool = False
+    endless: bool = False
+
+
+def parse(spec: str | Mapping[str, Any]) -> Plan:
+    """The shifts and options of a specification.
+
+    Raises:
+        UserError: an unknown kind, schedule or field, or a value that means nothing.
+    """
+    if isinstance(spec, str):
+        return Plan([_from_mapping(_from_text(part)) for part in spec.split("+")])
+    values = dict(spec)
+    options = {name: bool(values.pop(name, False)) for name in ("context", "endless")}
+    if "shifts" in values:
+        given = values.pop("shifts")
+        if values or not isinstance(given, list) or not (given or options["endless"]):
+            raise UserError(
+                f"shift: expected a list `shifts`, perhaps `context` and `endless`, got {spec!r}"
+            )
+        texts = [_from_text(s) if isinstance(s, str) else dict(s) for s in given]
+        return Plan([_from_mapping(s) for s in texts], **options)
+    if "kind" in values or not (values or options["endless"]):
+        return Plan([_from_mapping(values)], **options)
+    named = []
+    for name, value in values.items():
+        if not isinstance(value, Mapping):
+            needed = _needed(KINDS[name]) if name in KINDS else []
+            value = {needed[0]: value} if needed else {}
+        named.append(_from_mapping({**value, "kind": name}))
+    return Plan(named, **options)
+
+
+def with_state_std(spec: str | Mapping[str, Any], state_std: Any) -> str | Mapping[str, Any]:
+    """The specification with `state_std`, (obs,) numbers, where relative noise lacks it."""
+    shifts = [_from_text(part) for part in spec.split("+")] if isinstance(spec, str) else None
+    if shifts is None or state_std is None:
+        return spec
+    for shift in shifts:
+        if shift["kind"] == "obs_noise" and "relative" in shift:
+            shift["state_std"] = state_std
+    return {"shifts": shifts}
+
+
+def _needed(make: Callable[..., kinds.Kind]) -> list[str]:
+    """Fields without a default."""
+    found = inspect.signature(make).parameters.items()
+    return [k for k, p in found if p.default is inspect.Parameter.empty and k != "where"]
+
+
+def _from_text(text: str) -> dict[str, Any]:
+    name, _, rest = text.strip().partition(":")
+    values: dict[str, Any] = {"kind": name}
+    for part in filter(None, (p.strip() for p in rest.split(","))):
+        key, equals, value = part.partition("=")
+        if not equals:
+            raise UserError(f"shift {text!r}: expected field=value, got {part!r}")
+        values[key.strip()] = value.strip()
+    return values
+
+
+def _from_mapping(values: dict[str, Any]) -> Shift:
+    values = dict(values)
+    name = str(values.pop("kind", ""))
+    where = f"shift {name!r}"
+    if name not in KINDS:
+        raise UserError(f"unknown {where}{nearest(name, KINDS)}; the shifts are {', '.join(KINDS)}")
+    target = values.pop("target", None)
+    timing = dict(values.pop("schedule", {}))
+    timing |= {key: values.pop(key) for key in SCHEDULE_FIELDS if key in values}
+    element = _ELEMENTS.get(name)
+    if element is not None and element in values:
+        values["element"] = values.pop(element)
+    make = KINDS[name]
+    if name == "parameters":
+        values = {"values": values.pop("values", None) or values}
+    taken = [k for k in inspect.signature(make).parameters if k not in ("where", "quantity")]
+    known = [element or k if k == "element" else k for k in taken if k != "element" or element]
+    for key in values:
+        if key not in taken:
+            all_known = [*known, *SCHEDULE_FIELDS]
+            raise UserError(
+                f"{where} has no field {key!r}{nearest(key, all_known)}; it has "
+                f"{', '.join(known) or 'none'}, and those of a schedule: "
+                f"{', '.join(SCHEDULE_FIELDS)}"
+            )
+    needed = [k for k in _needed(make) if k not in values]
+    if needed:
+        raise UserError(f"{where} needs {', '.join(needed)}, such as {name}:{needed[0]}=...")
+    takes_where = "where" in inspect.signature(make).parameters
+    kind = make(where=where, **values) if takes_where else make()
+    if target is not None and target != kind.target:
+        raise UserError(f"{where} changes the {kind.target}, not the {target}")
+    return Shift(name, kind, make_schedule(timing, where))
+
+
+class ShiftWrapper(gymnasium.Wrapper[Any, Any, Any, Any]):
+    """Applies shifts in the order dynamics, action, (step), reward, observation.
+
+    One clock: the steps of this environment's life. It survives resets, so a regime persists from
+    episode to episode; a reset with a seed begins a new life at step 0. Spaces are unchanged.
+    `info["shift"]` is the truth for metrics, never for agents: `t` of the transition, `alpha` of
+    the first shift, `regime` (bit i: shift i acts by at least half), `changed` (the regime differs
+    from the step before) and `params`.
+
+    Args:
+        env: as agents see it: float32 vectors or uint8 images, actions in [-1, 1] or choices.
+        spec: see `parse`.
+
+    Raises:
+        UserError: what `parse` raises, and a shift of something that the environment lacks.
+    """
+
+    def __init__(self, env: gymnasium.Env[Any, Any], spec: str | Mapping[str, Any]) -> None:
+        plan = parse(spec)
+        super().__init__(EndlessLife(env) if plan.endless else env)
+        self.shifts, self.context = plan.shifts, plan.context
+        self.shifts.sort(key=lambda s: ORDER.index(s.kind.target))
+        for shift in self.shifts:
+            shift.kind.bind(env, f"shift {shift.name!r}")
+        self.t = 0
+        self.rng = numpy_generator(0, "shift")
+        if self.context:
+            size = len(self._params(0))
+            space = env.observation_space
+            if not isinstance(space, spaces.Box) or len(space.shape) != 1:
+                raise UserError(
+                    f"shift: a context is appended to vectors, but the observations are {space}; "
+                    "leave `context` out"
+                )
+            wide = np.full(size, np.inf, np.float32)
+            self.observation_space = spaces.Box(
+                np.concatenate([space.low, -wide]),
+                np.concatenate([space.high, wide]),
+                dtype=np.float32,
+            )
+
+    def _alphas(self, t: int) -> list[float]:
+        return [shift.schedule.alpha(t) for shift in self.shifts]
+
+    def _regime(self, alphas: list[float]) -> int:
+        return sum(1 << i for i, alpha in enumerate(alphas) if alpha >= 0.5)
+
+    def _params(self, t: int) -> dict[str, float]:
+        found: dict[str, float] = {}
+        for shift, alpha in zip(self.shifts, self._alphas(t), strict=True):
+            found |= shift.kind.params(alpha)
+        return found
+
+    def _info(self, t: int, alphas: list[float]) -> dict[str, Any]:
+        regime = self._regime(alphas)
+        return {
+            "t": t,
+            "alpha": alphas[0] if alphas else 0.0,
+            "regime": regime,
+            "changed": t > 0 and regime != self._regime(self._alphas(t - 1)),
+            "params": self._params(t),
+        }
+
+    def _seen(self, obs: Any) -> Any:
+        """The observation at the clock's present step."""
+        for shift, alpha in zip(self.shifts, self._alphas(self.t), strict=True):
+            obs = shift.kind.observation(obs, alpha, self.rng)
+        if self.context:
+            now = np.array(list(self._params(self.t).values()), np.float32)
+            obs = np.concatenate([obs, now])
+        return obs
+
+    def reset(
+        self, *, seed: int | None = None, options: dict[str, Any] | None = None
+    ) -> tuple[Any, dict[str, Any]]:
+        """A new episode of the same life, or a new life with a seed."""
+        if seed is not None:
+            self.t, self.rng = 0, numpy_generator(seed, "shift")
+        alphas = self._alphas(self.t)
+        for shift, alpha in zip(self.shifts, alphas, strict=True):
+            shift.kind.prepare(alpha)
+            shift.kind.reset()
+        obs, info = self.env.reset(seed=seed, options=options)
+        return self._seen(obs), {**info, "shift": self._info(self.t, alphas)}
+
+    def step(self, action: Any) -> tuple[Any, Any, bool, bool, dict[str, Any]]:
+        """One transition; dynamics, action and reward of step t, the observation of t + 1."""
+        alphas = self._alphas(self.t)
+        pairs = list(zip(self.shifts, alphas, strict=True))
+        for shift, alpha in pairs:
+            shift.kind.prepare(alpha)
+            action = shift.kind.action(action, alpha)
+        obs, reward, terminated, truncated, info = self.env.step(action)
+        for shift, alpha in pairs:
+            reward = shift.kind.reward(float(reward), info, alpha)
+        info = {**info, "shift": self._info(self.t, alphas)}
+        self.t += 1
+        return self._seen(obs), reward, terminated, truncated, info
+
+    def state(self) -> dict[str, Any]:
+        """The clock, the noise and what waits; dynamics follow from the clock."""
+        return {
+            "t": self.t,
+            "rng": self.rng.bit_generator.state,
+            "kinds": {str(i): shift.kind.state() for i, shift in enumerate(self.shifts)},
+        }
+
+    def load_state(self, state: dict[str, Any]) -> None:
+        """Take back what `state` gave; before the inner layers do, as `set_env_state` goes."""
+        self.t = int(state["t"])
+        self.rng.bit_generator.state = state["rng"]
+        before = self._alphas(max(self.t - 1, 0))
+        for i, shift in enumerate(self.shifts):
+            shift.kind.load_state(state["kinds"][str(i)])
+            shift.kind.prepare(before[i])  # as the last step left it

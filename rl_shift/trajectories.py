@@ -1,0 +1,138 @@
+"""Windows of trajectories as samples of a diffusion model: which ones, and how they are encoded.
+
+The rules are those of Policy-Guided Diffusion's published code: row t of a window is (obs, action,
+reward, terminated), standardised over all windows, with the action taken through atanh first.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+import torch
+from torch import Tensor, nn
+
+from rl_shift.errors import UserError
+
+if TYPE_CHECKING:
+    from rl_shift.buffer import Buffer
+
+Batch = dict[str, Tensor]
+EDGE = 0.999  # actions are clipped to this before atanh
+INSIDE = 1 - 1e-6  # ... and decoded ones to this: tanh reaches 1 in float32
+
+
+def window_starts(buffer: Buffer, length: int, stride: int) -> tuple[Tensor, float]:
+    """First rows of the windows to learn from, and the share of rows in episodes too short for any.
+
+    Every `stride`-th start within an episode, every episode's start and every start whose window
+    ends on a termination; none whose window ends on a truncation.
+
+    Args:
+        buffer: flat data.
+        length: rows T of a window.
+        stride: distance of starts.
+
+    Raises:
+        UserError: if no window is left; it names the longest that would fit.
+    """
+    episodes = buffer.episodes()
+    lengths = episodes[:, 1] - episodes[:, 0]
+    rows = torch.arange(len(buffer), device=buffer.device)
+    episode = torch.searchsorted(episodes[:, 1].contiguous(), rows, right=True)
+    valid = rows[episodes[episode, 1] - rows >= length]
+    terminated = buffer.arrays()["terminated"]
+    last = valid + length - 1
+    keep = torch.zeros(len(valid), dtype=torch.bool, device=buffer.device)
+    keep[::stride] = True
+    keep |= valid == episodes[episode[valid], 0]
+    keep |= terminated[last]
+    keep &= terminated[last] | (last + 1 < episodes[episode[valid], 1])
+    starts = valid[keep]
+    if not len(starts):
+        longest = int(torch.where(terminated[episodes[:, 1] - 1], lengths, lengths - 1).max())
+        raise UserError(
+            f"no window of {length} rows fits into an episode of the data: the longest usable "
+            f"window has {longest}; choose a shorter one"
+        )
+    dropped = lengths[lengths < length].sum() / len(buffer)
+    return starts, float(dropped)
+
+
+class TrajectoryCodec(nn.Module):
+    """Windows of transitions (B, T, ...) <-> standardised matrices (B, T, obs + action + 2).
+
+    Args:
+        obs: width of an observation.
+        action: width of an action.
+        window: rows T of the windows it is fitted to.
+    """
+
+    mean: Tensor
+    std: Tensor
+    window: Tensor
+
+    def __init__(self, obs: int, action: int, window: int) -> None:
+        super().__init__()
+        self.obs, self.action = obs, action
+        self.width = obs + action + 2
+        self.latent = slice(obs, obs + action)  # the action block
+        self.register_buffer("mean", torch.zeros(self.width))
+        self.register_buffer("std", torch.ones(self.width))
+        self.register_buffer("window", torch.tensor(window))
+
+    def _rows(self, batch: Batch) -> Tensor:
+        """(..., d) before standardisation."""
+        latent = batch["action"].clamp(-EDGE, EDGE).atanh()
+        single = torch.stack([batch["reward"], batch["terminated"].to(latent)], -1)
+        return torch.cat([batch["obs"], latent, single], -1)
+
+    def fit(self, buffer: Buffer, starts: Tensor) -> None:
+        """Take mean and std over the windows at `starts`; constant columns get std 1."""
+        ones = torch.ones(len(starts), dtype=torch.float64, device=starts.device)
+        edges = torch.zeros(len(buffer) + 1, dtype=torch.float64, device=starts.device)
+        edges.index_add_(0, starts, ones).index_add_(0, starts + self.window, -ones)
+        weight = edges.cumsum(0)[:-1, None] / (len(starts) * self.window)  # windows over each row
+        rows = self._rows(buffer.arrays()).double()
+        mean = (weight * rows).sum(0)
+        std = (weight * (rows - mean).square()).sum(0).sqrt()
+        self.mean.copy_(mean)
+        self.std.copy_(torch.where(std < 1e-6, 1.0, std))
+
+    def encode(self, batch: Batch) -> Tensor:
+        """Windows (B, T, ...) -> (B, T, d)."""
+        return (self._rows(batch) - self.mean) / self.std
+
+    def observations(self, x: Tensor) -> Tensor:
+        """Raw observations of encoded windows, (B, T, obs)."""
+        block = slice(self.obs)
+        return x[..., block] * self.std[block] + self.mean[block]
+
+    def latents(self, x: Tensor) -> Tensor:
+        """Actions before the tanh of encoded windows, (B, T, action)."""
+        return x[..., self.latent] * self.std[self.latent] + self.mean[self.latent]
+
+    def decode(self, x: Tensor) -> Batch:
+        """(B, T, d) -> obs, action, reward, terminated, (B, T, ...)."""
+        single = x[..., -2:] * self.std[-2:] + self.mean[-2:]
+        return {
+            "obs": self.observations(x),
+            "action": self.latents(x).tanh().clamp(-INSIDE, INSIDE),
+            "reward": single[..., 0],
+            "terminated": single[..., 1] > 0.5,
+        }
+
+    def transitions(self, x: Tensor) -> Batch:
+        """(B, T, d) -> B (T - 1) transitions; a row's next observation is the next row's."""
+        rows = self.decode(x)
+        rows["next_obs"] = rows["obs"][:, 1:]
+        return {key: value[:, : x.shape[1] - 1].flatten(0, 1) for key, value in rows.items()}
+
+    def endings(self, x: Tensor) -> Batch:
+        """Last rows that terminate, as transitions; `next_obs` is their own obs, no one reads it.
+
+        The data's windows terminate in their last row only: without these rows there would be no
+        termination in what is generated (our design).
+        """
+        rows = {key: value[:, -1] for key, value in self.decode(x).items()}
+        rows["next_obs"] = rows["obs"]
+        return {key: value[rows["terminated"]] for key, value in rows.items()}

@@ -1,0 +1,339 @@
+"""OER and ER: what replay, heads, normalisers and selection must and must not touch."""
+
+import copy
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from gymnasium.spaces import Box
+from torch import Tensor
+
+from rl_shift import config, runs, seeding
+from rl_shift.agents.er import ER
+from rl_shift.agents.oer import OER
+from rl_shift.buffer import Buffer
+from rl_shift.config import Task
+from rl_shift.errors import UnsupportedSpace, UserError
+
+FIRST, SECOND = (3, 2), (4, 1)  # sizes of observations and actions
+SMALL = {
+    "hidden": (16, 16), "batch_size": 16, "memory_batch": 9, "memory": 20, "select_updates": 5,
+    "dynamics_updates": 5, "dynamics_hidden": (8,), "dynamics_members": 2, "horizon": 10,
+    "roll_outs": 3,
+}  # fmt: skip
+
+
+def task_of(name: str, sizes: tuple[int, int] = FIRST, updates: int = 8) -> Task:
+    obs, action = sizes
+    return Task(
+        name=name,
+        dataset=name,
+        updates=updates,
+        observation_space=Box(-np.inf, np.inf, (obs,), np.float32),
+        action_space=Box(-1.0, 1.0, (action,), np.float32),
+    )
+
+
+def data_of(sizes: tuple[int, int] = FIRST, shift: float = 0.0, rows: int = 200) -> Buffer:
+    rng = seeding.numpy_generator(0, "data", int(shift))
+    obs, action = sizes
+    ends = np.arange(rows) % 20 == 19
+    arrays = {
+        "obs": rng.normal(shift, 1 + abs(shift), (rows, obs)),
+        "next_obs": rng.normal(shift, 1 + abs(shift), (rows, obs)),
+        "action": np.tanh(rng.normal(size=(rows, action))),
+        "reward": rng.normal(size=rows),
+    }
+    arrays = {k: v.astype(np.float32) for k, v in arrays.items()}
+    return Buffer.from_arrays({**arrays, "terminated": ends, "truncated": ~ends & False})
+
+
+def make(kind: Any = OER, sizes: tuple[int, int] = FIRST, **settings: Any) -> Any:
+    task = task_of("spaces", sizes)
+    with seeding.forked(0):
+        return kind(task.observation_space, task.action_space, kind.Config(**SMALL | settings))
+
+
+def learn(agent: Any, task: Task, data: Buffer, end: bool = True) -> Any:
+    """What the trainer does with a task."""
+    agent.begin_task(task, data)
+    for stage in agent.stages(task):
+        for inner in agent.contained():
+            inner.stage = stage.name
+        for _ in range(stage.updates):
+            batch = agent.sample(data)
+            agent.schedule()
+            agent.update(batch)
+            agent.advance()
+    if end:
+        agent.end_task(task, data)
+    return agent
+
+
+def learn_both(agent: Any, second: tuple[int, int] = FIRST, **kwargs: Any) -> Any:
+    with seeding.forked(1):
+        learn(agent, task_of("one"), data_of())
+        between = kwargs.get("between")
+        if between:
+            between(agent)
+        return learn(agent, task_of("two", second), data_of(second, shift=2.0))
+
+
+def weights(agent: Any, of: str) -> dict[str, Tensor]:
+    return {k: v.clone() for k, v in agent.kept.state_dict().items() if k.startswith(of)}
+
+
+def assert_same(first: dict[str, Tensor], second: dict[str, Tensor], same: bool = True) -> None:
+    assert first.keys() == second.keys() and first
+    assert all(torch.equal(first[k], second[k]) for k in first) is same
+
+
+# ---- acceptance checks -------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("kind", [OER, ER])
+def test_coefficient_zero_is_bitwise_fine_tuning(kind: Any) -> None:
+    """Whether old rows exist or not: neither selection nor replay shifts another stream."""
+    tuned = learn_both(make(kind, coefficient=0.0))
+    none = learn_both(make(kind, retention="none"))
+    emptied = learn_both(
+        make(kind, selector="random"), between=lambda agent: agent.memory.parts.clear()
+    )
+    replayed = learn_both(make(kind, selector="random"))
+    assert_same(tuned.state_dict(), none.state_dict())
+    assert_same(weights(tuned, ""), weights(emptied, ""))
+    assert_same(weights(tuned, ""), weights(replayed, ""), same=False)
+
+
+@pytest.mark.parametrize("kind", [OER, ER])
+def test_without_memory_and_with_a_frozen_trunk_old_heads_stay(kind: Any) -> None:
+    before: dict[str, Any] = {}
+
+    def look(agent: Any) -> None:
+        before.update({k: weights(agent, k) for k in ("heads.0", "inputs.0", "trunk")})
+
+    frozen = learn_both(make(kind, retention="frozen"), between=look)
+    for part in before:
+        assert_same(before[part], weights(frozen, part))
+    tuned = learn_both(make(kind, retention="none"), between=look)
+    assert_same(before["heads.0"], weights(tuned, "heads.0"))
+    assert_same(before["trunk"], weights(tuned, "trunk"), same=False)
+
+
+def test_each_task_keeps_its_own_normaliser() -> None:
+    agent = learn_both(make())
+    data = data_of()
+    mean, std = data.statistics("obs")
+    obs = data.take(torch.arange(4))["obs"]
+    agent.focus(task_of("one"))
+    expected = agent.clone((obs - mean) / (std + 1e-3), 0)
+    torch.testing.assert_close(agent.run(agent.act, obs, False), expected)
+    agent.focus(task_of("two"))
+    mean, std = data_of(shift=2.0).statistics("obs")
+    expected = agent.clone((obs - mean) / (std + 1e-3), 1)
+    torch.testing.assert_close(agent.run(agent.act, obs, False), expected)
+
+
+def test_the_critic_never_sees_old_rewards() -> None:
+    agent = learn_both(make())
+    assert {k for part in agent.memory.parts.values() for k in part.keys} == {"obs", "target"}
+    learners = []
+    for selector in ("random", "reward"):
+        agent = learn_both(make(selector=selector))
+        learners.append(agent.learner.state_dict())
+    assert_same(*learners)  # the learner is the same whatever is remembered
+
+
+@pytest.mark.parametrize("kind", [OER, ER])
+def test_an_interrupted_selection_goes_on_exactly(kind: Any) -> None:
+    def run(stop: int | None) -> Any:
+        agent, data, task = make(kind), data_of(), task_of("one")
+        with seeding.forked(1):
+            agent.begin_task(task, data)
+            for stage in agent.stages(task):
+                for inner in agent.contained():
+                    inner.stage = stage.name
+                for k in range(stage.updates):
+                    if stage.name == "select" and k == stop:
+                        state = copy.deepcopy(agent.state())
+                        agent = make(kind)
+                        agent.load_state(state)
+                        for inner in agent.contained():
+                            inner.stage = stage.name
+                    agent.update(agent.sample(data))
+                    agent.advance()
+            agent.end_task(task, data)
+        return agent
+
+    whole, resumed = run(None), run(3)
+    for key in ("obs", "target"):
+        kept = [agent.memory.parts[0].arrays()[key] for agent in (whole, resumed)]
+        assert torch.equal(*kept)
+    assert len(whole.memory.parts[0]) == 20
+
+
+# ---- parts -------------------------------------------------------------------------------------
+
+
+def test_tasks_of_other_spaces_and_static_batches() -> None:
+    agent = learn_both(make(), second=SECOND)
+    with seeding.forked(2):
+        third, data = task_of("three"), data_of(shift=3.0)
+        agent.begin_task(third, data)
+        agent.stage = "learner"
+        shapes = [{k: v.shape for k, v in agent.sample(data).items()} for _ in range(40)]
+    assert all(found == shapes[0] for found in shapes)
+    assert shapes[0]["memory_obs_0"] == (5, 3) and shapes[0]["memory_obs_1"] == (4, 4)
+    agent.focus(task_of("two", SECOND))
+    assert agent.observation_space.shape == (4,) and agent.action_space.shape == (1,)
+    assert agent.run(agent.act, torch.zeros(2, 4), False).shape == (2, 1)
+    agent.focus(third)
+    assert agent.run(agent.act, torch.zeros(2, 3), False).shape == (2, 2)
+
+
+def test_replay_keeps_the_old_policy() -> None:
+    """The change of the old head's actions on its own states, with and without replay."""
+
+    def moved(**settings: Any) -> float:
+        agent = make(memory_batch=64, memory=100, learning_rate=1e-2, **settings)
+        obs = data_of().take(torch.arange(100))["obs"]
+        with seeding.forked(1):
+            learn(agent, task_of("one", updates=20), data_of())
+            before = agent.run(agent.act, obs, False)
+            learn(agent, task_of("two", updates=40), data_of(shift=2.0))
+        agent.focus(task_of("one", updates=20))
+        return float((agent.run(agent.act, obs, False) - before).square().mean())
+
+    tuned = moved(coefficient=0.0)
+    assert moved(selector="random") < 0.5 * tuned
+    assert moved(selector="random", retention="agem") < 0.9 * tuned
+    assert moved(retention="ewc", coefficient=100.0) < 0.5 * tuned
+    assert moved(retention="l2", coefficient=10.0) < 0.5 * tuned
+    assert moved(retention="si", coefficient=10.0) < 0.5 * tuned
+    assert moved(retention="none", anchor=1.0) < 0.9 * tuned
+    assert moved(retention="frozen") == 0.0
+
+
+def test_targets_are_the_policy_or_the_data() -> None:
+    data = data_of()
+    for target in ("policy_action", "dataset_action"):
+        agent = learn(make(target=target, selector="random"), task_of("one"), data)
+        kept = agent.memory.parts[0].arrays()
+        expected = agent.run(agent.act, kept["obs"], False)
+        is_policy = torch.allclose(kept["target"], expected, atol=1e-6)
+        assert is_policy is (target == "policy_action")
+        rows = [(kept["obs"][:, None] == data.arrays()["obs"]).all(-1).float().argmax(1)][0]
+        is_data = torch.equal(kept["target"], data.arrays()["action"][rows])
+        assert is_data is (target == "dataset_action")
+
+
+def test_the_total_budget_shrinks_old_memories_to_their_first_rows() -> None:
+    kept: list[Tensor] = []
+    agent = learn_both(
+        make(memory=30, memory_total=40),
+        between=lambda agent: kept.append(agent.memory.parts[0].arrays()["obs"].clone()),
+    )
+    assert [len(part) for part in agent.memory.parts.values()] == [20, 20]
+    assert torch.equal(agent.memory.parts[0].arrays()["obs"], kept[0][:20])
+    assert agent.memory.nbytes == 2 * 20 * (3 + 2) * 4
+
+
+def test_a_repeated_task_gets_its_head_and_its_memory_back() -> None:
+    agent = learn_both(make())
+    with seeding.forked(2):
+        learn(agent, task_of("one"), data_of())
+    assert len(agent.known) == len(agent.kept.heads) == 2
+    assert agent.kept.current == 0 and sorted(agent.memory.parts) == [0, 1]
+    again = make()
+    again.load_state(copy.deepcopy(agent.state()))
+    assert again.kept.current == 0
+    assert_same(agent.state_dict(), again.state_dict())
+
+
+def test_a_new_head_may_start_from_the_one_that_fits() -> None:
+    agent = learn(make(warm_start=True), task_of("one"), data_of())
+    data = data_of()
+    agent.begin_task(task_of("two"), data)
+    assert_same(
+        {k: v for k, v in agent.kept.heads[0].state_dict().items()},
+        {k: v for k, v in agent.kept.heads[1].state_dict().items()},
+    )
+
+
+def test_the_learning_rate_warms_up_in_every_task() -> None:
+    agent = make(lr_warmup=4, learning_rate=1.0)
+    for name in ("one", "two"):
+        data = data_of()
+        agent.begin_task(task_of(name), data)
+        rates = []
+        for inner in agent.contained():
+            inner.stage = "learner"
+        for _ in range(6):
+            agent.schedule()
+            rates.append(float(agent.optimizers["clone"].param_groups[0]["lr"]))
+            agent.update(agent.sample(data))
+            agent.advance()
+        assert rates == pytest.approx([0.25, 0.5, 0.75, 1, 1, 1])
+
+
+def test_the_policy_shift_is_zero_until_something_moves() -> None:
+    agent = learn_both(make(retention="frozen"))
+    assert agent.shifts == [0.0, 0.0]
+    agent = learn_both(make(retention="none"))
+    assert agent.shifts[0] == 0.0 and agent.shifts[1] > 0
+
+
+def test_a_task_without_a_head_is_played_by_one_that_fits_or_refused() -> None:
+    agent = learn_both(make(), second=SECOND)
+    agent.focus(task_of("unseen"))
+    assert agent.head == 0
+    with pytest.raises(UserError, match="no head fits task 'unseen'"):
+        agent.focus(task_of("unseen", (7, 2)))
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"memory": 0}, "keeps nothing"),
+        ({"coefficient": -1.0}, "must not be negative"),
+        ({"selector": "mebs"}, "'mebs' is none of mbes"),
+        ({"selector": "oracle_onpolicy"}, "is none of"),
+    ],
+)
+def test_settings_that_mean_nothing_are_refused(settings: dict[str, Any], message: str) -> None:
+    with pytest.raises(UserError, match=message):
+        make(**settings)
+
+
+def test_er_trains_its_own_learner() -> None:
+    with pytest.raises(UserError, match="ER trains td3_bc itself"):
+        make(ER, learner="bc")
+
+
+def test_interaction_is_refused() -> None:
+    task = Task(**{**vars(task_of("one")), "env_steps": 5})
+    with pytest.raises(UserError, match="leave env_steps out"):
+        make().stages(task)
+
+
+def test_any_agent_may_be_the_learner() -> None:
+    agent = learn_both(make(learner="iql", learner_config={"expectile": 0.6}))
+    assert agent.learner.config.expectile == 0.6
+    assert agent.learner.config.hidden == (16, 16)
+
+
+def test_the_presets_are_sequences() -> None:
+    for name in ("oer.triplet", "oer.data_incremental"):
+        run = config.make(preset=name)
+        assert len(run.tasks) == 3
+        assert run.agent_name == "oer"
+
+
+def test_a_later_task_that_no_head_can_serve_is_refused_before_training() -> None:
+    from gymnasium.spaces import Discrete
+
+    run = config.make("oer", overrides={"tasks.0.dataset": "a.hdf5", "tasks.0.updates": 1})
+    discrete = Task(**{**vars(task_of("clicks")), "action_space": Discrete(3)})
+    with pytest.raises(UnsupportedSpace, match="clicks"):
+        runs.make_agent(run, [task_of("one"), discrete])
