@@ -154,7 +154,7 @@ class Reactive(Wrapper):
             if c.react_explore:
                 self.base.explore_again()  # type: ignore[operator]
             self.remembered = self.appended if c.react_forget else 0
-        return {f"shift/score_{k}": v for k, v in scores.items()}
+        return {"detector/shift_score": torch.stack([*scores.values()]).amax()}
 
     # ---- learning ----------------------------------------------------------------------------
 
@@ -233,7 +233,7 @@ class Reactive(Wrapper):
                 batch[news + "obs"].flatten(0, reward.dim() - 1 if not news else 0)
             )
             self.normalizer.fit(self.statistics.mean, self.statistics.std, epsilon=1e-4)
-        metrics |= {f"error/{k}": v.mean() for k, v in stream.items()}
+        metrics |= {f"curiosity/{k}_error": v.mean() for k, v in stream.items()}
         metrics |= {f"reward/{k}": v.mean() for k, v in self.intrinsic(stream).items()}
         return metrics | {"reward/mixed": mixed.mean(), "rollout/reward": reward.mean()}
 

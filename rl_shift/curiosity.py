@@ -358,8 +358,7 @@ def visits(obs: Tensor) -> Tensor:
     bounds = -(2**62), 2**62
     weight = torch.randint(*bounds, rows.shape[-1:], generator=generator, device=obs.device)
     key = (rows.long() * weight).sum(-1)  # wraps around, which is what a hash may do
-    order = key.argsort(-1, stable=True)  # equal observations together, in time order
-    sorted_key = key.gather(-1, order)
+    sorted_key, order = key.sort(dim=-1, stable=True)  # equal observations together, in time order
     place = torch.arange(length, device=obs.device).expand(lanes, length)
     begins = torch.ones_like(place, dtype=torch.bool)
     begins[:, 1:] = sorted_key[:, 1:] != sorted_key[:, :-1]
