@@ -55,6 +55,7 @@ class CDSA(Wrapper):
     L(inverse) = E ||I(s, s') - a||^2;  L(forward) = E NLL of s' - s given (s, a)
     action channel: a <- clip(a + eta_a sigma_k^2 grad_a log p_k(s, a)),  from a = pi(s), K steps
     state channel:  a <- clip(a + w (I(s, s^ + d) - I(s, s^))),  d = eta_s sigma^2 grad_s log p
+    judge:          the result is kept where min_i Q_i(s, a) >= min_i Q_i(s, pi(s))
     """
 
     @dataclass(frozen=True)
@@ -92,7 +93,7 @@ class CDSA(Wrapper):
         steps: tuple[float, ...] = field(  # noise scales of the K action steps
             default=(0.2, 0.1, 0.05), metadata=EVALUATION
         )
-        eta_action: float = field(default=0.5, metadata=EVALUATION)  # step size, in sigma^2
+        eta_action: float = field(default=1.0, metadata=EVALUATION)  # step size, in sigma^2
         eta_state: float = field(default=0.5, metadata=EVALUATION)  # step size, in sigma^2
         state_step: float = field(default=0.1, metadata=EVALUATION)  # noise scale, in action units
         weight: float = field(default=0.25, metadata=EVALUATION)  # of the state channel
@@ -104,6 +105,11 @@ class CDSA(Wrapper):
         )
         gate: Gate = field(default="off", metadata=EVALUATION)  # hard, soft: act outside the data
         gate_quantile: float = field(default=0.9, metadata=EVALUATION)  # of data that is let be
+        judge: Literal["off", "value"] = (
+            field(  # value: only if Q does not fall, where base has a Q
+                default="value", metadata=EVALUATION
+            )
+        )
 
     reusable = {"score": ("average", "quantiles", "inverse", "dynamics", "normalizer")}
     SCORE_FIELDS = (
@@ -180,12 +186,16 @@ class CDSA(Wrapper):
 
     def corrected(self, raw: Tensor, action: Tensor) -> Tensor:
         """(B, obs) raw, (B, action) -> (B, action)."""
-        c, obs = self.config, self.normalizer(raw)
+        c, obs, given = self.config, self.normalizer(raw), action
         strength = self.strength(obs, action)
         if c.mode != "state" and c.channels != "state":
             action = correct_action(self.average, obs, action, self.levels, c.eta_action, strength)
         if self.has_state_channel and c.channels != "action":
             action = self.guided(raw, obs, action, strength)
+        if c.judge == "value":
+            before, after = (self.base.action_value(raw, a) for a in (given, action))
+            if before is not None and after is not None:
+                action = torch.where((after >= before).unsqueeze(-1), action, given)
         return action
 
     @property
@@ -227,7 +237,7 @@ class CDSA(Wrapper):
             "correction/mean_abs": change.abs().mean(-1),
             "score/before": action_score_norm(self.average, obs, before, level),
             "score/after": action_score_norm(self.average, obs, after, level),
-            "gate/share": (self.strength(obs, before) > 0).to(obs.dtype).squeeze(-1),
+            "corrected/share": change.any(-1).to(obs.dtype),
         }
 
     def focus(self, task: Task) -> None:

@@ -21,7 +21,7 @@ from gymnasium.spaces import Space
 from torch import Tensor
 
 from rl_shift.agent import Agent, Batch, Metrics, Stage, Wrapper
-from rl_shift.buffer import Buffer, Mixture, transition_spec
+from rl_shift.buffer import Buffer, Mixture
 from rl_shift.denoisers import ResidualMLP, TemporalUNet
 from rl_shift.diffusion import EDM, Sampler, Solver
 from rl_shift.errors import UserError
@@ -108,12 +108,7 @@ class PGD(Wrapper):
         self.sampler = Sampler(c.sampler_steps, c.solver, c.churn)
         self.form = Guidance(c.guidance, c.norm, c.denoised, c.bump, c.invariant)
         self.starts = torch.zeros(0, dtype=torch.int64)
-        self.synthetic: Synthetic | None = None
-        if self.base.columns:
-            raise UserError(
-                f"{c.base} needs the data's {', '.join(self.base.columns)}, which generated rows "
-                "do not have: choose another base"
-            )
+        self.synthetic = Synthetic(observation_space, action_space, self.base)
 
     coefficient: Tensor
 
@@ -164,17 +159,17 @@ class PGD(Wrapper):
             spread = self.deviation(rows)
             self.coefficient.copy_(tuned(self.coefficient, spread, self.config.spread))
 
-    def synthesise(self, synthetic: Synthetic) -> Batch:
+    def synthesise(self) -> Batch:
         """Fill one block of the ring; gives its rows with what is worth knowing about them."""
         guided = self.stage == "guided"
         fraction = self.config.refresh_fraction if guided else 1.0
-        with synthetic.noise():
+        with self.synthetic.noise():
             if guided and self.config.spread:
                 self.tune()
             x = self.generate(self.block(fraction), guided)
         rows = self.codec.transitions(x)
         endings = self.codec.endings(x)
-        synthetic.extend({key: torch.cat([rows[key], endings[key]]) for key in rows})
+        self.synthetic.extend({key: torch.cat([rows[key], endings[key]]) for key in rows})
         rows["log_likelihood"] = log_likelihood(self.base.distribution(rows["obs"]), rows["action"])
         return rows
 
@@ -211,9 +206,7 @@ class PGD(Wrapper):
         self.find_starts(buffer)
         if not c.denoiser:
             self.codec.fit(buffer, self.starts)
-        rows = c.windows * (c.window - 1)
-        device = self.codec.mean.device
-        self.synthetic = Synthetic(self.spec, rows, device, buffer.seeds, len(self.begun) - 1)
+        self.synthetic.begin(c.windows * (c.window - 1), buffer)
 
     def find_starts(self, buffer: Buffer) -> None:
         """The windows to learn from; says what the data lose to short episodes."""
@@ -226,21 +219,14 @@ class PGD(Wrapper):
                 self.config.window,
             )
 
-    @property
-    def spec(self) -> Mapping[str, Any]:
-        """Columns of generated rows."""
-        return transition_spec(self.observation_space, self.action_space)
-
     def extra_state(self) -> dict[str, Any]:
         """What was generated."""
-        return {} if self.synthetic is None else {"synthetic": self.synthetic.state()}
+        return self.synthetic.state()
 
     def load_extra_state(self, extra: dict[str, Any]) -> None:
-        """Take it back."""
+        """Take it back; the windows are found again when they are needed."""
+        self.synthetic.load_state(extra, self.codec.mean.device)
         self.starts = self.starts[:0]
-        if "synthetic" in extra:
-            device = self.codec.mean.device
-            self.synthetic = Synthetic.restored(extra["synthetic"], self.spec, device)
 
     def sample(self, buffer: Buffer | Mixture) -> Batch:
         """Windows for the denoiser, a new block of rows, or both kinds of rows for the base."""
@@ -249,10 +235,8 @@ class PGD(Wrapper):
             if not len(self.starts):  # after a resume
                 self.find_starts(buffer)
             return buffer.windows(self.config.denoiser_batch, self.config.window, self.starts)
-        if self.synthetic is None or self.stage == "frozen":
-            return super().sample(buffer)
         if self.stage in ("unguided", "guided"):
-            rows: Batch = self.run(self.synthesise, self.synthetic)
+            rows: Batch = self.run(self.synthesise)
             return rows
         return self.base.sample(self.synthetic.mixed(buffer, self.config.real_fraction))
 

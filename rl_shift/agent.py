@@ -19,7 +19,7 @@ from torch import Tensor
 
 from rl_shift.errors import UnsupportedSpace
 from rl_shift.learner import Batch, Gradients, Learner, Loss, Metrics, Transform
-from rl_shift.networks import Normalizer
+from rl_shift.networks import Critic, Normalizer
 
 if TYPE_CHECKING:
     from rl_shift.buffer import Buffer, Mixture
@@ -114,6 +114,17 @@ class Agent(Learner):
     def distribution(self, obs: Tensor) -> Policy:
         """The distribution behind `act` at raw (N, obs); default: its greedy action. Pure."""
         return Policy(self.act(obs, False))
+
+    def action_value(self, obs: Tensor, action: Tensor) -> Tensor | None:
+        """The agent's own estimate of the return of raw (N, obs), (N, action): (N,), or None.
+
+        Default: the smallest of `critic`'s values, where there is one. Pure.
+        """
+        critic = self._modules.get("critic")
+        if not isinstance(critic, Critic):
+            return None
+        values: Tensor = critic(self.normalizer(obs), action)
+        return values.amin(0)
 
     def sample(self, buffer: Buffer | Mixture) -> Batch:
         """What one `update` sees; default: `config.batch_size` uniform transitions."""
@@ -343,6 +354,10 @@ class Wrapper(Agent):
         if type(self).act is Wrapper.act:
             return self.base.distribution(obs)
         return super().distribution(obs)
+
+    def action_value(self, obs: Tensor, action: Tensor) -> Tensor | None:
+        """What the base thinks of an action."""
+        return self.base.action_value(obs, action)
 
     def sample(self, buffer: Buffer | Mixture) -> Batch:
         """What the base wants to see."""

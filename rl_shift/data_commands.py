@@ -1,11 +1,11 @@
-"""The command `data`: list, info, verify, download and collect."""
+"""The command `data`: list, info, verify, report, convert, download and collect."""
 
 from __future__ import annotations
 
 import sys
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Literal
 
 from rl_shift.commands import limit_torch
 from rl_shift.errors import UserError, nearest
@@ -16,7 +16,9 @@ TEXT = """usage: rl-shift data ACTION ...
 actions:
   list                           every known dataset and whether its file is here
   info ID|PATH                   environment, scores and statistics of a dataset
-  verify ID|PATH                 read a file anew and say what is wrong with it
+  verify ID|PATH [--against d4rl]  read a file anew and say what is wrong with it
+  report ID|PATH... [--out DIR]  compare datasets: returns, lengths, coverage, quality, picture
+  convert ID|PATH OUT            write it as HDF5 (D4RL), NPZ (OGBench) or Minari dataset
   download ID [--base-url URL]   fetch a D4RL file ($D4RL_BASE_URL is the default address)
   collect --policy P --env ID --steps N --out FILE
                                  record policies as a file in D4RL's layout
@@ -31,6 +33,8 @@ def data(argv: list[str]) -> int:
         "list": _list,
         "info": _info,
         "verify": _verify,
+        "report": _report,
+        "convert": _convert,
         "download": _download,
         "collect": _collect,
     }
@@ -80,15 +84,35 @@ def _info(argv: list[str]) -> int:
     return 0
 
 
-def _verify(argv: list[str]) -> int:
-    text = "Reads a file anew, past every cache, and says what training would refuse."
-    name = _one_argument("verify", argv, 1, text)
-    if name is None:
-        return 0
-    from rl_shift.dataset_reports import verify
+@dataclass(frozen=True)
+class VerifySettings:
+    """Flags of `rl-shift data verify`."""
 
-    report = verify(name[0])
+    against: Literal["d4rl"] | None = None  # also compare legacy mode with this package, row by row
+
+
+def _verify(argv: list[str]) -> int:
+    words, flags = split(argv, ("--help", "-h"))
+    parser = Parser(
+        options_of(VerifySettings),
+        usage="rl-shift data verify ID|PATH [--against d4rl]",
+        description="Reads a file anew, past every cache, and says what training would refuse.",
+    )
+    if {"--help", "-h"} & set(flags):
+        parser.parser.print_help()
+        return 0
+    settings = VerifySettings(**(parser.defaults() | parser.flags(flags)))
+    if len(words) != 1:
+        given = " ".join(words) or "nothing"
+        raise UserError(f"rl-shift data verify takes ID|PATH, not {given}")
+    from rl_shift.dataset_reports import against_d4rl, verify
+
+    report = verify(words[0])
     problems, warnings = report.pop("problems"), report.pop("warnings")
+    if settings.against is not None and not problems:
+        count, differing = against_d4rl(words[0])
+        problems += [f"{name} differ from d4rl's qlearning_dataset" for name in differing]
+        report["legacy mode"] = f"equal to d4rl's qlearning_dataset in all {count} transitions"
     for problem in problems:
         print(f"rl-shift: problem: {problem}", file=sys.stderr)
     if problems:
@@ -97,6 +121,71 @@ def _verify(argv: list[str]) -> int:
     for warning in warnings:
         print(f"warning: {warning}")
     print("ok")
+    return 0
+
+
+# ---- report, convert ---------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class ReportSettings:
+    """Flags of `rl-shift data report`."""
+
+    out: str = "data-report"  # folder of data-report.md and data-report.png
+    rows: int = 20_000  # of each dataset that are looked at
+    queries: int = 1500  # of these, the states whose neighbours are looked at
+    k: int = 20  # neighbours, from other episodes
+    radius: float = 1.0  # of state similarity, in standard deviations
+    seed: int = 0  # of the draws
+    threads: int = 1  # CPU threads
+
+
+def _report(argv: list[str]) -> int:
+    words, flags = split(argv, ("--help", "-h"))
+    parser = Parser(
+        options_of(ReportSettings),
+        usage="rl-shift data report ID|PATH... [--out DIR] [options]",
+        description="Compares datasets of one environment: returns, lengths, coverage of the "
+        "states, action variance (low where the state decides the action), state similarity and "
+        "transition diversity.",
+    )
+    if {"--help", "-h"} & set(flags):
+        parser.parser.print_help()
+        return 0
+    settings = ReportSettings(**(parser.defaults() | parser.flags(flags)))
+    if not words:
+        raise UserError("give at least one ID|PATH: rl-shift data report ID|PATH...")
+    if min(settings.rows, settings.queries, settings.k) < 1 or settings.radius <= 0:
+        raise UserError("--rows, --queries and --k must be at least 1, --radius above 0")
+    from rl_shift.data_report import report
+
+    return report(words, settings)
+
+
+@dataclass(frozen=True)
+class ConvertSettings:
+    """Flags of `rl-shift data convert`."""
+
+    compression: str | None = None  # of HDF5, such as gzip; uncompressed files load fastest
+
+
+def _convert(argv: list[str]) -> int:
+    words, flags = split(argv, ("--help", "-h"))
+    parser = Parser(
+        options_of(ConvertSettings),
+        usage="rl-shift data convert ID|PATH|minari:ID OUT.hdf5|OUT.npz|minari:ID",
+        description="Writes a dataset in another format. Transitions, episode ends and facts about "
+        'the environment are kept; Minari needs pip install "rl_shift[minari]".',
+    )
+    if {"--help", "-h"} & set(flags):
+        parser.parser.print_help()
+        return 0
+    settings = ConvertSettings(**(parser.defaults() | parser.flags(flags)))
+    if len(words) != 2:
+        raise UserError("give a dataset and where to write it: rl-shift data convert ID|PATH OUT")
+    from rl_shift.data_convert import convert
+
+    print(f"saved {convert(words[0], words[1], settings.compression)}")
     return 0
 
 

@@ -45,7 +45,7 @@ def load(path: Path, mode: str, settings: dict[str, Any]) -> tuple[Transitions, 
         return None
     try:
         # The memory map is handed out as plain arrays: every slice of a memmap object is slow.
-        flat = np.load(_place(path, f"{mode}.npy"), mmap_mode="c", allow_pickle=False).view(
+        flat = np.load(place(path, f"{mode}.npy"), mmap_mode="c", allow_pickle=False).view(
             np.ndarray
         )
         if flat.dtype != np.float32 or flat.size != sum(
@@ -73,7 +73,7 @@ def save(
     blocks |= {"tail_reward": transitions.tail_reward, "tail_action": transitions.tail_action}
     if any(block.dtype not in (np.float32, np.bool_) for block in blocks.values()):
         return
-    target = _place(path, f"{mode}.npy")
+    target = place(path, f"{mode}.npy")
     partial = target.with_name(f".{target.name}.{os.getpid()}.partial")
     header = {
         "descr": "<f4",
@@ -103,7 +103,7 @@ def save(
 def _read_index(path: Path) -> dict[str, Any]:
     """The index of `path`, empty if there is none or it belongs to another state of the file."""
     try:
-        index = json.loads(_place(path, "cache.json").read_text(encoding="utf-8"))
+        index = json.loads(place(path, "cache.json").read_text(encoding="utf-8"))
     except (OSError, ValueError):
         return {}
     if not isinstance(index, dict) or index.get("source") != _fingerprint(path):
@@ -113,7 +113,7 @@ def _read_index(path: Path) -> dict[str, Any]:
 
 def _update_index(path: Path, entries: dict[str, Any]) -> None:
     index = _read_index(path) | {"source": _fingerprint(path)} | entries
-    target = _place(path, "cache.json")
+    target = place(path, "cache.json")
     partial = target.with_name(f".{target.name}.{os.getpid()}.partial")
     try:
         target.parent.mkdir(parents=True, exist_ok=True)
@@ -128,7 +128,7 @@ def _fingerprint(path: Path) -> list[Any]:
     return [FORMAT, status.st_size, status.st_mtime_ns]
 
 
-def _place(path: Path, ending: str) -> Path:
+def place(path: Path, ending: str) -> Path:
     """Where a cache file of `path` lies: beside it, or in the user's cache folder.
 
     The installed package counts as read-only: a dataset that comes with it leaves no files there.

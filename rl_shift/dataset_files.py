@@ -122,6 +122,7 @@ class _Npz:
         self.kinds = {}
         self.attributes = {}
         self._names: dict[str, str] = {}
+        self._made: dict[str, np.ndarray] = {}
         words = {short: long for long, short in _ALIASES.items()}
         for name in map(str, file.files):
             array = file[name]
@@ -133,8 +134,16 @@ class _Npz:
                 self.shapes[key], self.kinds[key] = array.shape, array.dtype.kind
             else:
                 self.attributes[key] = _plain(array[()])
+        if {"masks", "terminals"} <= self.shapes.keys():
+            # OGBench: `terminals` ends every episode, and `masks` is 0 where it terminated.
+            ended, going = (np.asarray(file[self._names[k]]) != 0 for k in ("terminals", "masks"))
+            self._made = {"terminals": ~going, "timeouts": ended & going}
+            self.shapes["timeouts"] = ended.shape
+            self.kinds |= dict.fromkeys(self._made, "b")
 
     def read(self, key: str, dtype: type[np.generic]) -> np.ndarray:
+        if key in self._made:
+            return self._made[key].astype(dtype)
         return np.asarray(self._file[self._names[key]]).astype(dtype)
 
 

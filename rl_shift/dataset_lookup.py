@@ -80,6 +80,10 @@ def resolve(id_or_path: str | Path) -> DatasetInfo:
         UserError: it is unknown (the nearest name is given) or its file is in none of the folders.
     """
     name = str(id_or_path)
+    if name.startswith("minari:"):
+        from rl_shift import dataset_minari
+
+        return _described(name, dataset_minari.local_file(name))
     path = Path(name).expanduser()
     if path.suffix in SUFFIXES or path.is_file():
         return _described(path.stem, path)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -148,3 +149,47 @@ def verify(id_or_path: str | Path) -> dict[str, Any]:
                 f"{wrong} rows inside episodes whose next_observations differ from the next row"
             )
     return report
+
+
+def against_d4rl(id_or_path: str | Path) -> tuple[int, list[str]]:
+    """Legacy mode beside the package d4rl's own function: transitions, and what differs.
+
+    Of d4rl only `qlearning_dataset` is called, with the arrays of the file: its environments and
+    `get_dataset` need mujoco-py, which is no longer built for current Pythons.
+
+    Raises:
+        UserError: d4rl cannot be imported.
+    """
+    try:
+        from d4rl import qlearning_dataset  # pyright: ignore[reportMissingImports]
+    except ImportError as error:
+        raise UserError(
+            f"d4rl cannot be imported ({error}): it needs gym and mujoco-py, which current Pythons "
+            'and MuJoCo no longer have; where they are: pip install "rl_shift[d4rl]"'
+        ) from error
+    found = datasets.resolve(id_or_path)
+    with opened(found.path) as source:
+        raw = read_raw(source, next_observations=False)
+    arrays = {
+        "observations": raw.observations,
+        "actions": raw.actions,
+        "rewards": raw.rewards,
+        "terminals": raw.terminals,
+    }
+    if raw.timeouts is not None:
+        arrays["timeouts"] = raw.timeouts
+    theirs = qlearning_dataset(SimpleNamespace(_max_episode_steps=found.horizon), dataset=arrays)
+    ours = datasets.load(found, mode="legacy_qlearning", cache=False)
+    names = {
+        "observations": "obs",
+        "actions": "action",
+        "rewards": "reward",
+        "next_observations": "next_obs",
+        "terminals": "terminated",
+    }
+    differing = [
+        name
+        for name, own in names.items()
+        if theirs[name].shape != ours[own].shape or not np.array_equal(theirs[name], ours[own])
+    ]
+    return len(ours["reward"]), differing

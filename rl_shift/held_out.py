@@ -37,7 +37,7 @@ def split_by_episode(
     for start, end in chosen.tolist():
         held[start:end] = True
     if len(episodes) == 1:  # nothing but its own end is left to hold out
-        held[: round(len(buffer) * (1 - share))] = False
+        held[: -max(1, round(len(buffer) * share))] = False
     usable = torch.ones_like(held) if usable is None else usable
     train, validation = ((usable & side).nonzero()[:, 0] for side in (~held, held))
     if len(train) == 0 or len(validation) == 0:

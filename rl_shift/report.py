@@ -15,7 +15,8 @@ if TYPE_CHECKING:
     from rl_shift.report_document import Block
     from rl_shift.report_runs import Gathered, Run
 
-USAGE = "rl-shift report RUN_DIR... [--evaluations FILE.json...] [options]"
+USAGE = """rl-shift report RUN_DIR... [--evaluations FILE.json...] [options]
+       rl-shift report bandit --pool DIR [options]"""
 TEXT = """Compares runs by their results.json files alone. A RUN_DIR may also be a folder that
 holds run folders, such as that of a sweep. --evaluations gives files of `rl-shift evaluate RUN_DIR
 --json FILE`, which then take the place of the last evaluation of training. Runs that are not
@@ -40,6 +41,10 @@ class ReportSettings:
 
 def report(argv: list[str]) -> int:
     """`rl-shift report`."""
+    if argv[:1] == ["bandit"]:
+        from rl_shift.bandit import bandit
+
+        return bandit(argv[1:])
     words, flags = split(argv, ("--help", "-h"))
     parser = Parser(options_of(ReportSettings), usage=USAGE, description=TEXT)
     if {"--help", "-h"} & set(flags):

@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
@@ -13,6 +13,9 @@ from rl_shift.metrics import iqm, mean, median, optimality_gap
 from rl_shift.report_cells import Section
 from rl_shift.report_document import DPI
 from rl_shift.report_statistics import Aggregate, bootstrapped, profile
+
+if TYPE_CHECKING:
+    from rl_shift.bandit import Curve
 
 COLUMNS = 3  # panels side by side
 COLOURS = (
@@ -119,6 +122,24 @@ def aggregates(found: Aggregate, labels: Sequence[str], unit: str, path: Path) -
         _plain_axes(axes, unit, "")
     panels[0].set_yticks(range(len(colours)), colours)
     panels[0].invert_yaxis()
+    return _saved(figure, path)
+
+
+def choices(curves: Mapping[str, Curve], path: Path) -> bool:
+    """One panel per task: the chosen policy's true mean by online episodes, with 95 % bands."""
+    columns = min(COLUMNS, len(curves))
+    lines = -(-len(curves) // columns)
+    figure = _figure(max(4.2 * columns, 5.5), 3.1 * lines)
+    grid: Any = figure.subplots(lines, columns, squeeze=False)
+    for axes in grid.flat[len(curves) :]:
+        axes.set_axis_off()
+    for axes, (name, curve) in zip(grid.flat, curves.items(), strict=False):
+        seen = np.arange(len(curve.mean))
+        axes.plot(seen, curve.mean, color=COLOURS[0])
+        axes.fill_between(seen, curve.low, curve.high, color=COLOURS[0], alpha=0.15, lw=0)
+        title, _, unit = name.partition(" (")
+        axes.set_title(title, fontsize=10)
+        _plain_axes(axes, "online episodes seen", unit.rstrip(")"))
     return _saved(figure, path)
 
 

@@ -61,8 +61,10 @@ class Detector:
 
     def __init__(self, fast: float = 0.01, slow: float = 0.0001, threshold: float = 4.0) -> None:
         self.fast, self.slow, self.threshold = fast, slow, threshold
-        names = ("count", "fast", "slow", "square", "score", "detected")
-        self.values = dict.fromkeys(names, torch.zeros(()))
+        self.values: dict[str, Tensor] = {
+            name: torch.zeros(())
+            for name in ("count", "fast", "slow", "square", "score", "detected")
+        }
 
     def update(self, rows: Tensor, repeats: float = 1.0) -> Tensor:
         """Take in rows (B,) in time order; the score after the last one, ().

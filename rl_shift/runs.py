@@ -23,6 +23,7 @@ from gymnasium.spaces import Box, Space
 from rl_shift import agents, checkpoint, config, datasets, envs, seeding, separate_seeds
 from rl_shift.agent import Agent, Stage, Wrapper
 from rl_shift.config import RunConfig, Task
+from rl_shift.envs import termination
 from rl_shift.errors import TrainingDiverged, UnsupportedSpace, UserError
 from rl_shift.evaluation import normalized_score
 from rl_shift.launcher import LOG
@@ -194,6 +195,7 @@ def resolve(run: RunConfig) -> list[Task]:
                 observation_space=observation_space,
                 action_space=action_space,
                 reference_scores=scores,
+                termination=None if task.shift else termination.of(env_id),
                 data=data,
                 obs_pad=pad,
             )

@@ -11,39 +11,53 @@ from contextlib import contextmanager
 from typing import Any
 
 import torch
+from gymnasium.spaces import Space
 from torch import Tensor
 
 from rl_shift import seeding
-from rl_shift.agent import Stage
-from rl_shift.buffer import Buffer, Mixture, Spec
+from rl_shift.agent import Agent, Stage
+from rl_shift.buffer import Buffer, Mixture, transition_spec
 from rl_shift.errors import UserError
 
 
 class Synthetic:
-    """A ring of generated rows beside the real data.
+    """A ring of generated rows beside the real data; empty until a task begins.
 
     Args:
-        spec: columns, see `buffer.transition_spec`.
-        capacity: rows; older ones are overwritten.
-        device: where they live.
-        seeds: those of the real buffer, so that both can be mixed.
-        task: number of the task, for the column of this name.
+        observation_space: of the rows.
+        action_space: of the rows.
+        base: the agent that will learn from them.
+
+    Raises:
+        UserError: if the base needs columns that generated rows do not have.
     """
 
     def __init__(
-        self,
-        spec: Spec,
-        capacity: int,
-        device: torch.device,
-        seeds: tuple[int, ...],
-        task: int,
+        self, observation_space: Space[Any], action_space: Space[Any], base: Agent
     ) -> None:
-        self.ring = Buffer(spec, capacity, device=device, seeds=seeds, stream="synthetic")
-        self.task, self.blocks = task, 0
+        if base.columns:
+            raise UserError(
+                f"{type(base).__name__} needs the data's {', '.join(base.columns)}, which "
+                "generated rows do not have: choose another base"
+            )
+        self.spaces = observation_space, action_space
+        self.ring: Buffer | None = None
+        self.task, self.blocks = -1, 0
+
+    def begin(self, rows: int, real: Buffer) -> None:
+        """An empty ring for the next task, on the device and with the seeds of its real data."""
+        self._make(rows, real.device, real.seeds)
+        self.task, self.blocks = self.task + 1, 0
+
+    def _make(self, rows: int, device: torch.device, seeds: tuple[int, ...]) -> Buffer:
+        spec = transition_spec(*self.spaces)
+        self.ring = Buffer(spec, rows, device=device, seeds=seeds, stream="synthetic")
+        return self.ring
 
     @contextmanager
     def noise(self) -> Iterator[None]:
-        """Generate under the next noise stream of this buffer; the training's stays as it is."""
+        """Generate under the next noise stream of this ring; the training's stays as it is."""
+        assert self.ring is not None
         seed = seeding.child(self.ring.seeds[0], "synthesis", self.task, self.blocks)
         self.blocks += 1
         with seeding.forked(seed):
@@ -51,18 +65,20 @@ class Synthetic:
 
     def extend(self, rows: Mapping[str, Tensor]) -> None:
         """Append rows, (N, ...) each; where they end within an episode is not marked."""
+        assert self.ring is not None
         flags = torch.zeros_like(rows["terminated"])
         task = torch.full_like(flags, self.task, dtype=torch.int64)
         self.ring.extend({**rows, "truncated": flags, "task": task})
 
-    def mixed(self, real: Buffer | Mixture, fraction: float) -> Buffer | Mixture:
+    def mixed(self, real: Buffer | Mixture, fraction: float) -> Mixture:
         """Generated and real rows, the latter at this fraction."""
-        if isinstance(real, Mixture):
-            raise UserError("generated data are mixed with one dataset: give no --env-steps")
+        assert self.ring is not None and isinstance(real, Buffer)
         return Mixture([(self.ring, 1 - fraction), (real, fraction)])
 
     def state(self) -> dict[str, Any]:
-        """Rows, generators and counters, with what it takes to make the buffer again."""
+        """Rows, generators and counters, with what it takes to make the ring again."""
+        if self.ring is None:
+            return {}
         return {
             "ring": self.ring.state(),
             "task": self.task,
@@ -71,14 +87,12 @@ class Synthetic:
             "seeds": list(self.ring.seeds),
         }
 
-    @classmethod
-    def restored(cls, state: Mapping[str, Any], spec: Spec, device: torch.device) -> Synthetic:
-        """What `state` came from."""
-        seeds = tuple(int(seed) for seed in state["seeds"])
-        made = cls(spec, int(state["capacity"]), device, seeds, int(state["task"]))
-        made.ring.load_state(state["ring"])
-        made.blocks = int(state["blocks"])
-        return made
+    def load_state(self, state: Mapping[str, Any], device: torch.device) -> None:
+        """Continue where `state` was taken."""
+        if state:
+            seeds = tuple(int(seed) for seed in state["seeds"])
+            self._make(int(state["capacity"]), device, seeds).load_state(state["ring"])
+            self.task, self.blocks = int(state["task"]), int(state["blocks"])
 
 
 def taking_turns(legs: Iterable[Stage], every: int, first: Stage, again: Stage) -> list[Stage]:

@@ -18,7 +18,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import torch
 
-from rl_shift import datasets, envs, seeding
+from rl_shift import data_mapping, datasets, envs, seeding
 from rl_shift.buffer import Buffer, Mixture, transition_spec
 from rl_shift.collector import Collector
 from rl_shift.compile import Updater
@@ -323,16 +323,30 @@ class Trainer:
         spec = transition_spec(observation_space, action_space)
         self._lives, self.ring, self.collector = self.lives(), None, None
         if task.data is not None:
-            arrays = datasets.load(
+            columns = self.agent.columns
+            mapped = data_mapping.mapped_where_needed(
                 task.data,
-                self.agent.columns,
+                k,
+                columns,
                 config.data_mode,
                 task.reward,
-                action_space,
-                observation_space=observation_space,
+                config.data_memory,
+                device,
+                seeds,
             )
-            arrays["task"] = np.full(len(arrays["reward"]), k, dtype=np.int64)
-            self.buffer = Buffer.from_arrays(arrays, device, seeds)
+            if mapped is not None:
+                self.buffer = mapped
+            else:
+                arrays = datasets.load(
+                    task.data,
+                    columns,
+                    config.data_mode,
+                    task.reward,
+                    action_space,
+                    observation_space=observation_space,
+                )
+                arrays["task"] = np.full(len(arrays["reward"]), k, dtype=np.int64)
+                self.buffer = Buffer.from_arrays(arrays, device, seeds)
         if task.env_steps:
             assert task.env is not None
             env = envs.make(task.env, config.lanes, shift=task.shift, obs_pad=task.obs_pad)

@@ -1,7 +1,8 @@
-"""Windows of trajectories as samples of a diffusion model: which ones, and how they are encoded.
+"""Windows of trajectories, and single transitions, as samples of a diffusion model.
 
-The rules are those of Policy-Guided Diffusion's published code: row t of a window is (obs, action,
-reward, terminated), standardised over all windows, with the action taken through atanh first.
+The rules for windows are those of Policy-Guided Diffusion's published code: row t is (obs, action,
+reward, terminated), standardised over all windows, with the action taken through atanh first. Those
+for transitions are SynthER's.
 """
 
 from __future__ import annotations
@@ -18,6 +19,7 @@ if TYPE_CHECKING:
 
 Batch = dict[str, Tensor]
 EDGE = 0.999  # actions are clipped to this before atanh
+KEYS = ("obs", "action", "reward", "next_obs", "terminated")  # of a transition, in this order
 INSIDE = 1 - 1e-6  # ... and decoded ones to this: tanh reaches 1 in float32
 
 
@@ -136,3 +138,45 @@ class TrajectoryCodec(nn.Module):
         rows = {key: value[:, -1] for key, value in self.decode(x).items()}
         rows["next_obs"] = rows["obs"]
         return {key: value[rows["terminated"]] for key, value in rows.items()}
+
+
+class TransitionCodec(nn.Module):
+    """Transitions (B, ...) <-> standardised rows (B, 2 obs + action + 2); termination stays raw.
+
+    Args:
+        obs: width of an observation.
+        action: width of an action.
+    """
+
+    mean: Tensor
+    std: Tensor
+
+    def __init__(self, obs: int, action: int) -> None:
+        super().__init__()
+        self.sizes = [obs, action, 1, obs, 1]
+        self.register_buffer("mean", torch.zeros(sum(self.sizes)))
+        self.register_buffer("std", torch.ones(sum(self.sizes)))
+
+    def _rows(self, batch: Batch) -> Tensor:
+        single = {key: batch[key][..., None].to(batch["obs"]) for key in ("reward", "terminated")}
+        parts = {**batch, **single}
+        return torch.cat([parts[key] for key in KEYS], -1)
+
+    def fit(self, buffer: Buffer) -> None:
+        """Take mean and std over all rows; 1e-5 is added to the std."""
+        std, mean = torch.std_mean(self._rows(buffer.arrays()).double(), 0, correction=0)
+        mean[-1], std[-1] = 0.0, 1.0
+        self.mean.copy_(mean)
+        self.std.copy_(std + 1e-5)
+
+    def encode(self, batch: Batch) -> Tensor:
+        """Transitions (B, ...) -> (B, d)."""
+        return (self._rows(batch) - self.mean) / self.std
+
+    def decode(self, x: Tensor) -> Batch:
+        """(B, d) -> transitions, with actions clipped to the box."""
+        parts = dict(zip(KEYS, torch.split(x * self.std + self.mean, self.sizes, -1), strict=True))
+        parts["action"] = parts["action"].clamp(-1, 1)
+        parts["reward"] = parts["reward"].squeeze(-1)
+        parts["terminated"] = parts["terminated"].squeeze(-1) > 0.5
+        return parts

@@ -82,7 +82,7 @@ def test_the_forward_loss_does_not_move_its_target() -> None:
 
 @torch.no_grad()
 def test_published_sizes() -> None:
-    def widths(layers: Features) -> list[int]:
+    def widths(layers: Features) -> list[Any]:
         return [layers.layers[0].in_features, *(layer.out_features for layer in layers.layers)]
 
     icm = made("icm", (IMAGE, DISCRETE)).model

@@ -1,0 +1,113 @@
+#!/usr/bin/env python3
+"""Compares learnt models with what is known exactly: scripts/diagnose.py WHAT RUN_DIR[#k].
+
+score RUN  a score model against the closed-form score of the tanh-Gaussian policy that collected
+           the run's dataset (our design after arXiv 2406.07541): cosine and explained share per
+           noise level, share of perturbed actions whose exact density a correction raises.
+"""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+
+from rl_shift import datasets, held_out, runs, tanh_gaussian
+from rl_shift.buffer import Buffer
+from rl_shift.errors import UserError
+from rl_shift.score import correct_action
+
+PERTURBED = 0.3  # standard deviation of the perturbations that corrections have to undo
+
+
+def score(spec: str, rows: int, picture: Path | None) -> dict[str, Any]:
+    """The table of `diagnose.py score` on held-out rows."""
+    agent, run, _ = runs.load_agent(spec)
+    network = getattr(agent, "average", None)
+    if network is None or agent.seeds > 1:
+        raise UserError(f"{spec} is no run of one seed that learnt a score model")
+    info = datasets.resolve(str(run.tasks[0].dataset))
+    policy = tanh_gaussian.behaviour_policy(info.path)
+    buffer = Buffer.from_arrays(datasets.load(info))
+    _, chosen = held_out.split_by_episode(buffer)
+    batch = buffer.take(chosen[:: -(-len(chosen) // rows)])
+    mean, std = tanh_gaussian.moments(policy, batch["obs"].numpy())
+    clean, obs = batch["action"], agent.normalizer(batch["obs"])
+    rng = np.random.default_rng(0)
+    table = []
+    for level, sigma in enumerate(network.sigmas.tolist()):
+        noisy = clean + sigma * torch.from_numpy(rng.normal(size=clean.shape)).float()
+        exact = sigma * tanh_gaussian.smoothed_score(noisy.numpy(), mean, std, sigma)
+        with torch.no_grad():
+            found = -network(obs, noisy, level)[1].double().numpy()
+        lengths = np.linalg.norm(found, axis=-1) * np.linalg.norm(exact, axis=-1)
+        cosine = (found * exact).sum(-1) / np.maximum(lengths, 1e-12)
+        table.append(
+            {
+                "sigma": sigma,
+                "mean cosine": float(cosine.mean()),
+                "median cosine": float(np.median(cosine)),
+                "explained share": float(1 - ((found - exact) ** 2).sum() / (exact**2).sum()),
+            }
+        )
+    noise = PERTURBED * torch.from_numpy(rng.normal(size=clean.shape)).float()
+    perturbed = (clean + noise).clamp(-1, 1)
+    with torch.no_grad():
+        levels, eta = agent.levels, agent.config.eta_action
+        moved = correct_action(network, obs, perturbed, levels, eta)
+    before, after = (tanh_gaussian.log_density(a.numpy(), mean, std) for a in (perturbed, moved))
+    result = {"levels": table, "raised": float((after > before).mean()), "rows": len(clean)}
+    if picture is not None:
+        draw(result, spec, picture)
+    return result
+
+
+def draw(result: dict[str, Any], spec: str, path: Path) -> None:
+    """Cosine and explained share over the noise levels."""
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(6, 3.4), layout="constrained")
+    canvas: Any = FigureCanvasAgg(figure)
+    axes: Any = figure.add_subplot()
+    x = [row["sigma"] for row in result["levels"]]
+    for key, mark in (("mean cosine", "o-"), ("median cosine", "s--"), ("explained share", "^-")):
+        axes.plot(x, [row[key] for row in result["levels"]], mark, label=key)
+    axes.set(xscale="log", xlabel="noise scale (action units)", ylim=(0, 1.02))
+    axes.set_title(f"learnt score against the exact one: {Path(spec).name}", fontsize=10)
+    axes.grid(alpha=0.3)
+    axes.legend(frameon=False)
+    canvas.print_png(path)
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Parse, compute, print."""
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawTextHelpFormatter
+    )
+    commands = parser.add_subparsers(dest="what", required=True)
+    for_score = commands.add_parser("score", help="score model against the closed form")
+    for_score.add_argument("run")
+    for_score.add_argument("--rows", type=int, default=500, help="held-out rows")
+    for_score.add_argument("--picture", type=Path, help="PNG to write")
+    given = parser.parse_args(argv)
+    try:
+        result = score(given.run, given.rows, given.picture)
+    except UserError as error:
+        print(f"diagnose: error: {error}", file=sys.stderr)
+        return 2
+    for row in result["levels"]:
+        print("  ".join(f"{key} {value:.3f}" for key, value in row.items()))
+    print(
+        f"corrections raise the exact density of {100 * result['raised']:.1f} % of {result['rows']}"
+        f" actions perturbed by N(0, {PERTURBED}^2)"
+    )
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
