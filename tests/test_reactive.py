@@ -328,5 +328,5 @@ def test_presets_name_shifts_that_exist() -> None:
         assert task.env is not None
         env = envs.make(task.env, 1, shift=task.shift)
         period = 3750
-        assert run.lanes * period * 4 == task.env_steps  # four phases
+        assert run.lanes * period * 3 == task.env_steps  # three phases
         assert env.single_observation_space.shape == (11, 11, 3)
