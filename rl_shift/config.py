@@ -278,15 +278,14 @@ def resolve(agent_name: str, layers: Sequence[Layer], flags: Sequence[str] = ())
     count = max([0, *named, *_task_indices(flags)]) + 1
     parser = run_parser(config_class, count)
 
-    def merged(dataset: str) -> dict[str, Any]:
-        values = parser.defaults()
-        for where, data in indexed:
-            values |= _layer_values(parser, data, where, dataset)
-        return values | parser.flags(flags)
-
-    values = merged("")
-    if any("datasets" in data for _, data in indexed):  # what they are for is known only now
-        values = merged(Path(str(values["tasks.0.dataset"])).stem)
+    own = [parser.layer(_without_datasets(data), where) for where, data in indexed]
+    from_flags = parser.flags(flags)
+    named_last = [v["tasks.0.dataset"] for v in (*own, from_flags) if "tasks.0.dataset" in v]
+    dataset = Path(str(named_last[-1])).stem if named_last else ""
+    values = parser.defaults()
+    for (where, data), plain_values in zip(indexed, own, strict=True):
+        values |= plain_values | _values_for(dataset, parser, data.get("datasets") or {}, where)
+    values |= from_flags
     tasks = [build(TaskSettings, values, f"tasks.{i}.") for i in range(count)]
     run = {o.key: values[o.key] for o in _run_options()}
     agent = _with_base(build(config_class, values, "agent."))
@@ -299,21 +298,23 @@ def resolve(agent_name: str, layers: Sequence[Layer], flags: Sequence[str] = ())
     )
 
 
-def _layer_values(
-    parser: Parser, data: Mapping[str, Any], where: str, dataset: str
-) -> dict[str, Any]:
-    """A layer's values for a dataset; the entries for other datasets are checked all the same."""
-    entries = data.get("datasets") or {}
-    values = parser.layer({k: v for k, v in data.items() if k != "datasets"}, where)
+def _without_datasets(data: Mapping[str, Any]) -> dict[str, Any]:
+    return {key: value for key, value in data.items() if key != "datasets"}
+
+
+def _values_for(dataset: str, parser: Parser, entries: Any, where: str) -> dict[str, Any]:
+    """Values of a layer's `datasets` for this one; the keys of all entries are checked."""
     if not isinstance(entries, Mapping):
         raise UserError(f"datasets in {where} must hold a pattern and values, not {entries!r}")
+    values: dict[str, Any] = {}
     for patterns, entry in entries.items():
         place = f"{where}, datasets {patterns!r}"
         if not isinstance(entry, Mapping):
             raise UserError(f"{place} must hold keys and values, not {entry!r}")
-        found = parser.layer(_with_indexed_tasks(entry, place), place)
+        entry = _with_indexed_tasks(entry, place)
+        parser.check(entry, place)
         if any(fnmatchcase(dataset, pattern) for pattern in str(patterns).split()):
-            values |= found
+            values |= parser.layer(entry, place)
     return values
 
 

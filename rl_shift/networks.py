@@ -328,6 +328,32 @@ def log_tanh_slope(u: Tensor) -> Tensor:
     return 2 * (math.log(2) - u - F.softplus(-2 * u))
 
 
+class TanhMixture(nn.Module):
+    """a = tanh(u), u from a mixture of K Gaussians with diagonal covariances, all given s.
+
+    log_std is clipped to [-5, 2] and the means to [-9, 9]: beyond, the tanh is flat.
+    """
+
+    def __init__(self, obs: int, hidden: Sequence[int], action: int, components: int) -> None:
+        super().__init__()
+        self.net = MLP(obs, hidden, components * (2 * action + 1))
+        self.components = components
+
+    def forward(self, obs: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """(B, obs) -> log-weights (B, K), means and log_std of u (B, K, action)."""
+        rows = self.net(obs).unflatten(-1, (self.components, -1))
+        mean, log_std = rows[..., 1:].chunk(2, -1)
+        return rows[..., 0].log_softmax(-1), mean.clamp(-9, 9), log_std.clamp(-5, 2)
+
+    def log_prob(self, obs: Tensor, action: Tensor) -> Tensor:
+        """Log-density of given actions, (B,); those at the edge count as 1 - 1e-5."""
+        log_weight, mean, log_std = self(obs)
+        u = torch.atanh(action.clamp(-1 + 1e-5, 1 - 1e-5))
+        z = (u[:, None] - mean) / log_std.exp()
+        each = -(0.5 * z.square() + log_std + 0.5 * LOG_2PI).sum(-1)
+        return torch.logsumexp(log_weight + each, -1) - log_tanh_slope(u).sum(-1)
+
+
 class Scalar(nn.Module):
     """One learnt number, such as a log-temperature."""
 

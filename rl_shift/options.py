@@ -66,6 +66,11 @@ class Parser:
         """Typed values of nested plain data, by key; `where` names the file in errors."""
         return {key: self._typed(key, v, where) for key, v in self._leaves(data, "", where)}
 
+    def check(self, data: Mapping[str, Any], where: str) -> None:
+        """Refuses unknown keys of nested plain data, without looking at its values."""
+        for _ in self._leaves(data, "", where):
+            pass
+
     def flags(self, flags: Iterable[str]) -> dict[str, Any]:
         """Typed values of `--key=value` flags, by key."""
         known = {o.flag: o for o in self.options.values()}

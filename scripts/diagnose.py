@@ -83,6 +83,9 @@ def draw(result: dict[str, Any], spec: str, path: Path) -> None:
         axes.plot(x, [row[key] for row in result["levels"]], mark, label=key)
     axes.set(xscale="log", xlabel="noise scale (action units)", ylim=(0, 1.02))
     axes.set_title(f"learnt score against the exact one: {Path(spec).name}", fontsize=10)
+    ticks = [0.02, 0.05, 0.1, 0.2, 0.5]
+    axes.set_xticks(ticks, [str(tick) for tick in ticks])
+    axes.minorticks_off()
     axes.grid(alpha=0.3)
     axes.legend(frameon=False)
     canvas.print_png(path)

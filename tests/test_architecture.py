@@ -33,11 +33,14 @@ CORE_MAY_IMPORT: dict[str, set[str]] = {
     "running": set(),
     "online_networks": {"networks"},
     "priorities": set(),
+    "rollouts": set(),
     "curiosity": {"networks", "online_networks", "running"},
     "diffusion": {"errors", "networks"},
     "dynamics": {"errors", "networks", "seeding"},
     "score": set(),
     "held_out": {"errors", "buffer"},
+    "improvement": {"networks"},
+    "quantiles": {"networks"},
     "inverse_dynamics": {"networks", "buffer"},
     # config: begun tasks of a checkpoint become Task again; agents: a wrapper names its base
     "learner": set(),
@@ -47,9 +50,9 @@ CORE_MAY_IMPORT: dict[str, set[str]] = {
 }
 AGENTS_MAY_IMPORT = {
     "agent", "agents", "buffer", "continual", "curiosity", "denoisers", "diffusion", "dynamics",
-    "errors", "guidance", "held_out", "inverse_dynamics", "networks", "online_networks",
-    "priorities", "retention", "running", "score", "seeding", "selectors", "synthetic",
-    "trajectories",
+    "errors", "guidance", "held_out", "improvement", "inverse_dynamics", "networks",
+    "online_networks", "priorities", "quantiles", "retention", "rollouts", "running",
+    "score", "seeding", "selectors", "synthetic", "trajectories",
 }  # fmt: skip
 ENVS_MAY_IMPORT = {"envs", "errors", "seeding"}
 COMMANDS = {"cli", "commands", "data_commands", "demo", "evaluate_command", "ope_command", "worker"}
