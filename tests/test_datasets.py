@@ -337,7 +337,7 @@ def test_maze2d_is_one_trajectory(folder: Path) -> None:
 def test_the_real_maze2d_file(shared_data: Path) -> None:
     path = shared_data / "datasets" / "maze2d-umaze-v1-sparse.hdf5"
     found = datasets.resolve(path)
-    assert (found.family, found.horizon, found.env_id) == ("maze2d", 300, None)
+    assert (found.family, found.horizon, found.env_id) == ("maze2d", 300, "rl_shift/maze2d-umaze-v1")
     assert found.reference_scores == (23.85, 161.86)
     arrays = datasets.load(found, cache=False)
     with h5py.File(path) as file:
