@@ -29,6 +29,21 @@ for _name, _entry_point in {
     gymnasium.register(f"rl_shift/{_name}-v0", entry_point=_entry_point)
 robotics.register()
 
+# Members of task families: `rl_shift/CheetahVel-7-v0`, and without a number for any goal.
+for _name, _members in {
+    "CheetahVel": 40,
+    "AntDir": 50,
+    "WalkerRandParams": 50,
+    "HopperRandParams": 50,
+}.items():
+    for _member in ("", *(f"-{k}" for k in range(_members))):
+        gymnasium.register(
+            f"rl_shift/{_name}{_member}-v0",
+            entry_point="rl_shift.envs.families:make",
+            max_episode_steps=200,
+            kwargs={"family": _name, "member": int(_member[1:]) if _member else None},
+        )
+
 # Gymnasium prints this for every `-v4` id; those are the ones that match D4RL's simulator best.
 _OUT_OF_DATE = r".*The environment \S+ is out of date"
 
