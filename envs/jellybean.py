@@ -9,7 +9,7 @@ the order of visits; a collected cell stays empty for ever.
 from __future__ import annotations
 
 import math
-from functools import cache
+from functools import cache, lru_cache
 from typing import Any
 
 import gymnasium
@@ -40,8 +40,9 @@ class JellyBean(gymnasium.Env[Any, Any]):
     collected. `terminated` is never True; every `horizon` steps `truncated` is, and a `reset()`
     without a seed lets the same life go on where it stands.
 
-    Memory: 160 x 160 cells plus 128 bytes for every patch of 32 x 32 cells in which something was
-    collected; the rest is made anew from the seed.
+    Memory: 160 x 160 cells, the patches made last (1 MiB for all worlds of a process), and one bit
+    per cell for every patch of 32 x 32 cells in which something was collected; the rest of the world
+    is forgotten and made anew from the seed.
 
     Args:
         horizon: steps between two truncations; 0: never.
@@ -74,7 +75,7 @@ class JellyBean(gymnasium.Env[Any, Any]):
         )
         self.action_space = spaces.Discrete(3)
         self.world_seed = 0
-        self.collected: dict[tuple[int, int], NDArray[np.bool_]] = {}  # patch -> cells
+        self.collected: dict[tuple[int, int], bytearray] = {}  # patch -> one bit per cell
         self.recent: list[tuple[int, int, int, int]] = []  # x, y, type, step; for the scent
         self.counts = [0, 0, 0]
         self.time = 0
@@ -84,18 +85,23 @@ class JellyBean(gymnasium.Env[Any, Any]):
 
     def patch(self, px: int, py: int) -> NDArray[np.int8]:
         """The items of a patch as they are now, (32, 32) [x, y]: 0 empty, 1 banana, 2 onion."""
-        items = _pristine(self.world_seed, px, py).copy()
-        if (px, py) in self.collected:
-            items[self.collected[px, py]] = 0
-        return items
+        items = _pristine(self.world_seed, px, py)
+        taken = self.collected.get((px, py))
+        if taken is None:
+            return items.copy()
+        bits = np.unpackbits(np.frombuffer(taken, np.uint8)).reshape(PATCH, PATCH)
+        return np.where(bits, np.int8(0), items)
 
     def _place(self, x: int, y: int, heading: int) -> None:
         """Put the agent somewhere and hold the 5 x 5 patches around it in memory."""
         self.x, self.y, self.heading = x, y, heading
         px, py = x // PATCH - 2, y // PATCH - 2
         self.origin = (px * PATCH, py * PATCH)
-        columns = [[self.patch(px + i, py + j) for j in range(5)] for i in range(5)]
-        self.cells = np.block(columns)
+        self.cells = np.empty((SPAN, SPAN), np.int8)
+        for i in range(5):
+            for j in range(5):
+                square = slice(i * PATCH, (i + 1) * PATCH), slice(j * PATCH, (j + 1) * PATCH)
+                self.cells[square] = self.patch(px + i, py + j)
 
     def _collect(self) -> int:
         """Take the item under the agent; its type, 0 if there is none."""
@@ -105,10 +111,11 @@ class JellyBean(gymnasium.Env[Any, Any]):
         if item:
             self.cells[i, j] = 0
             self.counts[item] += 1
-            taken = self.collected.setdefault(
-                (x // PATCH, y // PATCH), np.zeros((PATCH, PATCH), np.bool_)
-            )
-            taken[x % PATCH, y % PATCH] = True
+            place = (x // PATCH, y // PATCH)
+            if place not in self.collected:
+                self.collected[place] = bytearray(PATCH * PATCH // 8)
+            bit = x % PATCH * PATCH + y % PATCH
+            self.collected[place][bit >> 3] |= 128 >> (bit & 7)  # the order of np.packbits
             if self.scent:
                 self.recent = [r for r in self.recent if self.time - r[3] < SCENT_STEPS]
                 self.recent.append((x, y, item, self.time))
@@ -192,7 +199,7 @@ class JellyBean(gymnasium.Env[Any, Any]):
         import torch
 
         places = np.array(list(self.collected), np.int64).reshape(-1, 2)
-        cells = np.array([np.packbits(c) for c in self.collected.values()], np.uint8)
+        cells = np.array([np.frombuffer(c, np.uint8) for c in self.collected.values()], np.uint8)
         generator = None if self._np_random is None else self.np_random.bit_generator.state
         return {
             "generator": generator,
@@ -213,25 +220,33 @@ class JellyBean(gymnasium.Env[Any, Any]):
         self.world_seed, self.time = state["world_seed"], state["time"]
         self.counts = list(state["counts"])
         self.recent = [(int(x), int(y), int(i), int(t)) for x, y, i, t in state["recent"]]
-        cells = np.unpackbits(state["collected"].numpy(), axis=1).astype(np.bool_)
         self.collected = {
-            (int(px), int(py)): taken.reshape(PATCH, PATCH)
-            for (px, py), taken in zip(state["patches"].tolist(), cells, strict=True)
+            (int(px), int(py)): bytearray(taken.tobytes())
+            for (px, py), taken in zip(
+                state["patches"].tolist(), state["collected"].numpy(), strict=True
+            )
         }
         self._place(*state["place"])
 
 
+@lru_cache(maxsize=1024)
 def _pristine(world_seed: int, px: int, py: int) -> NDArray[np.int8]:
-    """A patch before anyone was there; the start cell is empty (our design)."""
+    """A patch before anyone was there, read-only; the start cell is empty (our design)."""
     # Signed places as numbers that are not negative: 0, -1, 1, -2, ... -> 0, 1, 2, 3, ...
     x, y = (2 * p if p >= 0 else -2 * p - 1 for p in (px, py))
-    uniform = numpy_generator(child(world_seed, "patch"), x, y).random((PATCH, PATCH))
+    uniform = numpy_generator(_patch_seed(world_seed), x, y).random((PATCH, PATCH))
     # every intensity is -2: P(item k) = e^-2 / (1 + 2 e^-2) = 0.10651
     share = math.exp(-2) / (1 + 2 * math.exp(-2))
-    items = (uniform < 2 * share).astype(np.int8) + (uniform < share)
+    items = (uniform < 2 * share).astype(np.int8) + (uniform < share).astype(np.int8)
     if (px, py) == (0, 0):
         items[0, 0] = 0
-    return items.astype(np.int8)
+    items.setflags(write=False)
+    return items
+
+
+@lru_cache(maxsize=64)
+def _patch_seed(world_seed: int) -> int:
+    return child(world_seed, "patch")
 
 
 @cache
