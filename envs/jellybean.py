@@ -41,8 +41,8 @@ class JellyBean(gymnasium.Env[Any, Any]):
     without a seed lets the same life go on where it stands.
 
     Memory: 160 x 160 cells, the patches made last (1 MiB for all worlds of a process), and one bit
-    per cell for every patch of 32 x 32 cells in which something was collected; the rest of the world
-    is forgotten and made anew from the seed.
+    per cell for every patch of 32 x 32 cells in which something was collected; the rest is
+    forgotten and made anew from the seed.
 
     Args:
         horizon: steps between two truncations; 0: never.

@@ -6,16 +6,22 @@
 A specification is a kind with its fields and those of a schedule: as text `KIND:field=value,...`,
 several joined with "+"; as a mapping with `kind`; as a mapping from kinds to factors or fields,
 `{"gravity": 2, "mass": {"body": "torso", "scale": 1.5}}`; or as a list of these under "shifts".
-`context: true` in a mapping appends what `info["shift"]["params"]` says to the observation;
-`endless: true` makes terminal transitions truncations, see `rl_shift.envs.endless`.
+Parts have their names in the vocabulary of CARL: `mass_torso` is `mass` with `body=torso`.
 Without schedule fields a shift acts all the time. See `rl_shift.envs.shift_kinds` and
 `rl_shift.envs.schedules`.
+
+Options, `name: true` in a mapping or a word of its own in a text ("mass:scale=2+context"):
+`context` appends what `info["shift"]["params"]` says to the observation; `endless` makes terminal
+transitions truncations, see `rl_shift.envs.endless`; `episodic` starts the clock anew with every
+episode, as ns-gym does unless told otherwise.
 """
 
 from __future__ import annotations
 
 import functools
 import inspect
+import json
+import re
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -56,6 +62,10 @@ KINDS: dict[str, Callable[..., kinds.Kind]] = {
     "parameters": kinds.Parameters,
     "push": kinds.Push,
 }
+SIGN_FLIP = {"reward": "reward_flip", "action": "action_flip", "observation": "obs_negate"}
+_FIELD = re.compile(r"(?:[^,\[\]]|\[(?:[^\[\]]|\[[^\[\]]*\])*\]?)+")  # commas in brackets stay
+OPTIONS = ("context", "endless", "episodic")
+HOOKS = ("prepare", "action", "reward", "observation", "params")
 ORDER = ("dynamics", "disturbance", "action", "reward", "observation")
 
 
@@ -75,6 +85,7 @@ class Plan:
     shifts: list[Shift]
     context: bool = False
     endless: bool = False
+    episodic: bool = False
 
 
 def parse(spec: str | Mapping[str, Any]) -> Plan:
@@ -84,14 +95,14 @@ def parse(spec: str | Mapping[str, Any]) -> Plan:
         UserError: an unknown kind, schedule or field, or a value that means nothing.
     """
     if isinstance(spec, str):
-        return Plan([_from_mapping(_from_text(part)) for part in spec.split("+")])
+        return parse(_listed(spec))
     values = dict(spec)
-    options = {name: bool(values.pop(name, False)) for name in ("context", "endless")}
+    options = {name: bool(values.pop(name, False)) for name in OPTIONS}
     if "shifts" in values:
         given = values.pop("shifts")
         if values or not isinstance(given, list) or not (given or options["endless"]):
             raise UserError(
-                f"shift: expected a list `shifts`, perhaps `context` and `endless`, got {spec!r}"
+                f"shift: expected a list `shifts`, perhaps {', '.join(OPTIONS)}, got {spec!r}"
             )
         texts = [_from_text(s) if isinstance(s, str) else dict(s) for s in given]
         return Plan([_from_mapping(s) for s in texts], **options)
@@ -108,13 +119,21 @@ def parse(spec: str | Mapping[str, Any]) -> Plan:
 
 def with_state_std(spec: str | Mapping[str, Any], state_std: Any) -> str | Mapping[str, Any]:
     """The specification with `state_std`, (obs,) numbers, where relative noise lacks it."""
-    shifts = [_from_text(part) for part in spec.split("+")] if isinstance(spec, str) else None
-    if shifts is None or state_std is None:
+    if not isinstance(spec, str) or state_std is None:
         return spec
-    for shift in shifts:
+    listed = _listed(spec)
+    for shift in listed["shifts"]:
         if shift["kind"] == "obs_noise" and "relative" in shift:
             shift["state_std"] = state_std
-    return {"shifts": shifts}
+    return listed
+
+
+def _listed(text: str) -> dict[str, Any]:
+    """A text as a mapping with "shifts"; the plus sign of 1e+5 joins nothing."""
+    parts = [part.strip() for part in re.split(r"(?<![0-9.][eE])\+", text)]
+    words = [part for part in parts if part in OPTIONS]
+    shifts = [_from_text(part) for part in parts if part not in OPTIONS]
+    return {"shifts": shifts, **dict.fromkeys(words, True)}
 
 
 def _needed(make: Callable[..., kinds.Kind]) -> list[str]:
@@ -124,23 +143,37 @@ def _needed(make: Callable[..., kinds.Kind]) -> list[str]:
 
 
 def _from_text(text: str) -> dict[str, Any]:
-    name, _, rest = text.strip().partition(":")
-    values: dict[str, Any] = {"kind": name}
-    for part in filter(None, (p.strip() for p in rest.split(","))):
-        key, equals, value = part.partition("=")
+    name, _, rest = text.partition(":")
+    values: dict[str, Any] = {"kind": name.strip()}
+    for part in filter(None, (p.strip() for p in _FIELD.findall(rest))):
+        key, equals, value = (word.strip() for word in part.partition("="))
         if not equals:
             raise UserError(f"shift {text!r}: expected field=value, got {part!r}")
-        values[key.strip()] = value.strip()
+        values[key] = value
+        if value.startswith("["):
+            try:
+                values[key] = json.loads(value)
+            except ValueError as error:
+                raise UserError(
+                    f"shift {text!r}: {value!r} is no list such as [1, 2] or [[0, 1], [500, 0]]"
+                ) from error
     return values
 
 
 def _from_mapping(values: dict[str, Any]) -> Shift:
     values = dict(values)
-    name = str(values.pop("kind", ""))
+    name, target = str(values.pop("kind", "")), values.pop("target", None)
+    if name == "sign_flip":
+        name = SIGN_FLIP.get(str(target), name)
+    quantity, _, part = name.partition("_")
+    if part and _ELEMENTS.get(quantity):
+        name = quantity
+        values.setdefault(str(_ELEMENTS[quantity]), part)
     where = f"shift {name!r}"
+    if name == "sign_flip":
+        raise UserError(f"{where} needs a target: {', '.join(SIGN_FLIP)}")
     if name not in KINDS:
         raise UserError(f"unknown {where}{nearest(name, KINDS)}; the shifts are {', '.join(KINDS)}")
-    target = values.pop("target", None)
     timing = dict(values.pop("schedule", {}))
     timing |= {key: values.pop(key) for key in SCHEDULE_FIELDS if key in values}
     element = _ELEMENTS.get(name)
@@ -173,10 +206,10 @@ class ShiftWrapper(gymnasium.Wrapper[Any, Any, Any, Any]):
     """Applies shifts in the order dynamics, action, (step), reward, observation.
 
     One clock: the steps of this environment's life. It survives resets, so a regime persists from
-    episode to episode; a reset with a seed begins a new life at step 0. Spaces are unchanged.
-    `info["shift"]` is the truth for metrics, never for agents: `t` of the transition, `alpha` of
-    the first shift, `regime` (bit i: shift i acts by at least half), `changed` (the regime differs
-    from the step before) and `params`.
+    episode to episode (unless `episodic`); a reset with a seed begins a new life at step 0. Spaces
+    are unchanged. `info["shift"]` is the truth for metrics, never for agents: `t` of the
+    transition, `alpha` of the first shift, `regime` (bit i: shift i acts by at least half),
+    `changed` (the regime differs from the step before) and `params`.
 
     Args:
         env: as agents see it: float32 vectors or uint8 images, actions in [-1, 1] or choices.
@@ -189,14 +222,16 @@ class ShiftWrapper(gymnasium.Wrapper[Any, Any, Any, Any]):
     def __init__(self, env: gymnasium.Env[Any, Any], spec: str | Mapping[str, Any]) -> None:
         plan = parse(spec)
         super().__init__(EndlessLife(env) if plan.endless else env)
-        self.shifts, self.context = plan.shifts, plan.context
+        self.shifts, self.context, self.episodic = plan.shifts, plan.context, plan.episodic
         self.shifts.sort(key=lambda s: ORDER.index(s.kind.target))
         for shift in self.shifts:
             shift.kind.bind(env, f"shift {shift.name!r}")
-        self.t = 0
         self.rng = numpy_generator(0, "shift")
+        # Only hooks that do something are called: an idle one costs more than a grid world's step.
+        self._acting = {hook: self._overriding(hook) for hook in HOOKS}
+        self._set_clock(0)
         if self.context:
-            size = len(self._params(0))
+            size = len(self._params)
             space = env.observation_space
             if not isinstance(space, spaces.Box) or len(space.shape) != 1:
                 raise UserError(
@@ -210,35 +245,49 @@ class ShiftWrapper(gymnasium.Wrapper[Any, Any, Any, Any]):
                 dtype=np.float32,
             )
 
-    def _alphas(self, t: int) -> list[float]:
+    def _overriding(self, hook: str) -> list[tuple[int, kinds.Kind]]:
+        idle = getattr(kinds.Kind, hook)
+        pairs = [(i, shift.kind) for i, shift in enumerate(self.shifts)]
+        return [(i, kind) for i, kind in pairs if getattr(type(kind), hook) is not idle]
+
+    def _at(self, t: int) -> list[float]:
         return [shift.schedule.alpha(t) for shift in self.shifts]
 
-    def _regime(self, alphas: list[float]) -> int:
-        return sum(1 << i for i, alpha in enumerate(alphas) if alpha >= 0.5)
+    def _set_clock(self, t: int) -> None:
+        """Everything that follows from the clock, whatever it showed before."""
+        self.t, self._alphas = t, self._at(t)
+        self._before = _regime(self._at(t - 1)) if t > 0 else _regime(self._alphas)
+        self._describe()
 
-    def _params(self, t: int) -> dict[str, float]:
-        found: dict[str, float] = {}
-        for shift, alpha in zip(self.shifts, self._alphas(t), strict=True):
-            found |= shift.kind.params(alpha)
-        return found
+    def _tick(self) -> None:
+        """One step later; what stays as it was is not computed again."""
+        alphas = self._at(self.t + 1)
+        self.t, self._before = self.t + 1, self._regime
+        if alphas != self._alphas:
+            self._alphas = alphas
+            self._describe()
 
-    def _info(self, t: int, alphas: list[float]) -> dict[str, Any]:
-        regime = self._regime(alphas)
+    def _describe(self) -> None:
+        self._regime = _regime(self._alphas)
+        self._params: dict[str, float] = {}
+        for i, kind in self._acting["params"]:
+            self._params |= kind.params(self._alphas[i])
+
+    def _info(self) -> dict[str, Any]:
         return {
-            "t": t,
-            "alpha": alphas[0] if alphas else 0.0,
-            "regime": regime,
-            "changed": t > 0 and regime != self._regime(self._alphas(t - 1)),
-            "params": self._params(t),
+            "t": self.t,
+            "alpha": self._alphas[0] if self._alphas else 0.0,
+            "regime": self._regime,
+            "changed": self._regime != self._before,
+            "params": self._params,
         }
 
     def _seen(self, obs: Any) -> Any:
         """The observation at the clock's present step."""
-        for shift, alpha in zip(self.shifts, self._alphas(self.t), strict=True):
-            obs = shift.kind.observation(obs, alpha, self.rng)
+        for i, kind in self._acting["observation"]:
+            obs = kind.observation(obs, self._alphas[i], self.rng)
         if self.context:
-            now = np.array(list(self._params(self.t).values()), np.float32)
-            obs = np.concatenate([obs, now])
+            obs = np.concatenate([obs, np.array(list(self._params.values()), np.float32)])
         return obs
 
     def reset(
@@ -246,26 +295,28 @@ class ShiftWrapper(gymnasium.Wrapper[Any, Any, Any, Any]):
     ) -> tuple[Any, dict[str, Any]]:
         """A new episode of the same life, or a new life with a seed."""
         if seed is not None:
-            self.t, self.rng = 0, numpy_generator(seed, "shift")
-        alphas = self._alphas(self.t)
-        for shift, alpha in zip(self.shifts, alphas, strict=True):
-            shift.kind.prepare(alpha)
+            self.rng = numpy_generator(seed, "shift")
+        if seed is not None or self.episodic:
+            self._set_clock(0)
+        for i, kind in self._acting["prepare"]:
+            kind.prepare(self._alphas[i])
+        for shift in self.shifts:
             shift.kind.reset()
         obs, info = self.env.reset(seed=seed, options=options)
-        return self._seen(obs), {**info, "shift": self._info(self.t, alphas)}
+        return self._seen(obs), {**info, "shift": self._info()}
 
     def step(self, action: Any) -> tuple[Any, Any, bool, bool, dict[str, Any]]:
         """One transition; dynamics, action and reward of step t, the observation of t + 1."""
-        alphas = self._alphas(self.t)
-        pairs = list(zip(self.shifts, alphas, strict=True))
-        for shift, alpha in pairs:
-            shift.kind.prepare(alpha)
-            action = shift.kind.action(action, alpha)
+        alphas = self._alphas
+        for i, kind in self._acting["prepare"]:
+            kind.prepare(alphas[i])
+        for i, kind in self._acting["action"]:
+            action = kind.action(action, alphas[i])
         obs, reward, terminated, truncated, info = self.env.step(action)
-        for shift, alpha in pairs:
-            reward = shift.kind.reward(float(reward), info, alpha)
-        info = {**info, "shift": self._info(self.t, alphas)}
-        self.t += 1
+        for i, kind in self._acting["reward"]:
+            reward = kind.reward(float(reward), info, alphas[i])
+        info = {**info, "shift": self._info()}
+        self._tick()
         return self._seen(obs), reward, terminated, truncated, info
 
     def state(self) -> dict[str, Any]:
@@ -278,9 +329,13 @@ class ShiftWrapper(gymnasium.Wrapper[Any, Any, Any, Any]):
 
     def load_state(self, state: dict[str, Any]) -> None:
         """Take back what `state` gave; before the inner layers do, as `set_env_state` goes."""
-        self.t = int(state["t"])
+        self._set_clock(int(state["t"]))
         self.rng.bit_generator.state = state["rng"]
-        before = self._alphas(max(self.t - 1, 0))
+        before = self._at(max(self.t - 1, 0))
         for i, shift in enumerate(self.shifts):
             shift.kind.load_state(state["kinds"][str(i)])
             shift.kind.prepare(before[i])  # as the last step left it
+
+
+def _regime(alphas: list[float]) -> int:
+    return sum(1 << i for i, alpha in enumerate(alphas) if alpha >= 0.5)

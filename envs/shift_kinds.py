@@ -76,17 +76,57 @@ def _box(space: Any, what: str, where: str) -> tuple[int, ...]:
     return space.shape
 
 
+def _is_mujoco(env: Env) -> bool:
+    return hasattr(getattr(env.unwrapped, "model", None), "body_mass")
+
+
+def _name(env: Env) -> str:
+    return env.spec.id if env.spec else type(env.unwrapped).__name__
+
+
+def _tells(env: Env, keys: tuple[str, ...], where: str) -> None:
+    """One step says whether `info` holds the keys; the generator is put back as it was."""
+    inner = env.unwrapped
+    kept = inner._np_random, inner._np_random_seed
+    env.reset(seed=0)
+    space: Any = env.action_space
+    action = np.zeros(space.shape, space.dtype) if isinstance(space, spaces.Box) else space.start
+    info = env.step(action)[4]
+    inner._np_random, inner._np_random_seed = kept
+    missing = [key for key in keys if key not in info]
+    if missing:
+        raise UserError(
+            f"{where}: {_name(env)} gives no {' and '.join(missing)} in its info; HalfCheetah, "
+            "Hopper, Walker2d, Ant, Humanoid and Swimmer -v5 do"
+        )
+
+
 # ---- rewards -----------------------------------------------------------------------------------
 
 
 class RewardFlip(Kind):
-    """r + (s - 1) forward, s from +1 to -1: `info["reward_forward"]` flips, else all of r."""
+    """r + (s - 1) x, s from +1 to -1.
+
+    `part` says what x is: "forward" is `info["reward_forward"]`, so that control costs and survival
+    stay (the default for MuJoCo environments), "all" is r itself (the default elsewhere).
+    """
 
     target = "reward"
 
+    def __init__(self, where: str, part: Any = None) -> None:
+        if part not in (None, "forward", "all"):
+            raise UserError(f"{where}: part is forward or all, not {part!r}")
+        self.part = part
+
+    def bind(self, env: Env, where: str) -> None:
+        """The forward part must be told by the environment."""
+        self.forward = self.part == "forward" or (self.part is None and _is_mujoco(env))
+        if self.forward:
+            _tells(env, ("reward_forward",), f"{where} (part=all flips the whole reward)")
+
     def reward(self, reward: float, info: dict[str, Any], alpha: float) -> float:
-        """The rest of the reward (control, survival) stays."""
-        return reward - 2 * alpha * float(info.get("reward_forward", reward))
+        """Exactly r at alpha 0."""
+        return reward - 2 * alpha * float(info["reward_forward"] if self.forward else reward)
 
     def params(self, alpha: float) -> dict[str, float]:
         """The sign."""
@@ -120,11 +160,7 @@ class TargetVelocity(Kind):
 
     def bind(self, env: Env, where: str) -> None:
         """MuJoCo's walkers say what they run at."""
-        if not hasattr(env.unwrapped, "_forward_reward_weight"):
-            raise UserError(
-                f"{where}: {env.spec.id if env.spec else env} gives no x_velocity and "
-                "reward_forward; HalfCheetah, Hopper, Walker2d, Ant and Swimmer -v5 do"
-            )
+        _tells(env, ("x_velocity", "reward_forward"), where)
 
     def reward(self, reward: float, info: dict[str, Any], alpha: float) -> float:
         """The rest of the reward (control, survival) stays."""
@@ -494,7 +530,7 @@ class Scale(Kind):
     def bind(self, env: Env, where: str) -> None:
         """Keep the nominal values: scaling never accumulates."""
         self.model = getattr(env.unwrapped, "model", None)
-        if self.model is None or not hasattr(self.model, "body_mass"):
+        if not _is_mujoco(env):
             self.model, self.plain = None, Parameters(where, {self.quantity: 1.0})
             self.plain.bind(env, where)
             self.plain.sets = {
@@ -599,7 +635,7 @@ class Parameters(Kind):
     def bind(self, env: Env, where: str) -> None:
         """A dictionary `parameters` of the environment, or its numeric attributes."""
         self.owner = env.unwrapped
-        if hasattr(self.owner, "model") and hasattr(self.owner.model, "body_mass"):
+        if _is_mujoco(env):
             raise UserError(
                 f"{where}: this is a MuJoCo environment; use gravity, mass, friction, damping, gear"
             )
@@ -608,8 +644,8 @@ class Parameters(Kind):
         for name, (base, value) in self.given.items():
             if name not in known:
                 raise UserError(
-                    f"{where}: the environment has no {name!r}{nearest(name, known)}; it has "
-                    f"{', '.join(sorted(known)) or 'no parameters'}"
+                    f"{where}: {_name(env)} is no MuJoCo environment and has no {name!r}"
+                    f"{nearest(name, known)}; it has {', '.join(sorted(known)) or 'no parameters'}"
                 )
             self.sets[name] = (known[name] if base is None else base, value)
 
@@ -631,19 +667,26 @@ class Parameters(Kind):
 
 
 def _numbers(owner: Any) -> Iterable[tuple[str, float]]:
-    """What `Parameters` may change."""
+    """What `Parameters` may change: a table `parameters`, else the public attributes of type float.
+
+    Those of its classes count (Acrobot's masses); what CartPole derives from others does not.
+    """
     table = getattr(owner, "parameters", None)
-    for name, value in (table if isinstance(table, dict) else vars(owner)).items():
-        if isinstance(value, int | float) and not isinstance(value, bool) and name[0] != "_":
-            yield name, float(value)
+    if isinstance(table, dict):
+        yield from ((name, float(value)) for name, value in table.items())
+        return
+    classes = [c for c in type(owner).__mro__ if not c.__module__.startswith("gymnasium.core")]
+    found = {name: v for c in reversed(classes) for name, v in vars(c).items()} | vars(owner)
+    for name, value in found.items():
+        derived = name in ("total_mass", "polemass_length")
+        if isinstance(value, float) and name[0] != "_" and not derived:
+            yield name, value
 
 
 def _mujoco(env: Env, where: str) -> Any:
-    model = getattr(env.unwrapped, "model", None)
-    if model is None or not hasattr(model, "body_mass"):
-        name = env.spec.id if env.spec else type(env.unwrapped).__name__
-        raise UserError(f"{where}: {name} is no MuJoCo environment")
-    return model
+    if not _is_mujoco(env):
+        raise UserError(f"{where}: {_name(env)} is no MuJoCo environment")
+    return env.unwrapped.model  # type: ignore[attr-defined]
 
 
 # ---- disturbances ------------------------------------------------------------------------------

@@ -300,6 +300,66 @@ def test_an_endless_life_has_no_terminal_transition() -> None:
     assert make_env(CARTPOLE, shift={"endless": True}).reset(seed=0)[1]["shift"]["regime"] == 0
 
 
+def test_a_clock_may_start_anew_with_every_episode() -> None:
+    env = make_env(CARTPOLE, shift="parameters:length=2,start=4+episodic")
+    env.reset(seed=0)
+    seen = [env.step(0)[4]["shift"] for _ in range(6)]
+    assert [s["t"] for s in seen if s["changed"]] == [4]
+    assert env.unwrapped.length == 2.0
+    shift = env.reset()[1]["shift"]
+    assert (shift["t"], shift["regime"], shift["changed"]) == (0, 0, False)
+    assert env.unwrapped.length == 0.5
+    assert env.step(0)[4]["shift"]["t"] == 0
+
+
+def test_the_forward_part_is_looked_for_without_a_trace() -> None:
+    bare, flipped = make_env("Hopper-v5"), make_env("Hopper-v5", shift="reward_flip:start=999")
+    assert flipped.unwrapped._np_random is None
+    given = actions(bare, 30)
+    assert same(life(flipped, given), life(bare, given))
+    whole = make_env("HalfCheetah-v4", shift="reward_flip:part=all")
+    twin = make_env("HalfCheetah-v4")
+    for env in (whole, twin):
+        env.reset(seed=0)
+    action = actions(twin, 1)[0]
+    assert whole.step(action)[1] == -float(twin.step(action)[1])
+
+
+def test_words_of_other_suites_are_understood() -> None:
+    def alphas_of(text: Any) -> list[float]:
+        [shift] = parse(text).shifts
+        return [shift.schedule.alpha(t) for t in (0, 10, 100_000)]
+
+    assert alphas_of("reward_flip:period=1e+5") == [0, 0, 1]
+    assert alphas_of("obs_bias:value=1,points=[[0,0.5],[10,1]]") == [0.5, 1, 1]
+    schedule = {"type": "step", "period": 100_000}
+    flip = {"target": "reward", "kind": "sign_flip", "schedule": schedule}
+    assert parse(flip).shifts[0].name == "reward_flip" and alphas_of(flip) == [0, 0, 1]
+    negated = make_env(CARTPOLE, shift="obs_negate:dims=[0, 3]")
+    assert negated.shifts[0].kind.signs.tolist() == [-1, 1, 1, -1]
+    plan = parse("mass_torso:scale=2+gear:scale=0.5,start=3+context+endless")
+    assert plan.context and plan.endless and [s.name for s in plan.shifts] == ["mass", "gear"]
+    heavy = make_env(CHEETAH, shift="mass_torso:scale=2")
+    assert list(heavy.reset(seed=0)[1]["shift"]["params"].items()) == [("mass_torso", 2.0)]
+
+
+def test_what_a_mass_shift_derives_is_restored_bit_for_bit() -> None:
+    env = make_env("Humanoid-v5", shift="mass:scale=1.5")
+    model, [shift] = env.unwrapped.model, env.shifts
+
+    def everything() -> dict[str, Any]:
+        names = (n for n in dir(model) if isinstance(getattr(model, n, None), np.ndarray))
+        found = {n: getattr(model, n).copy() for n in names}
+        return found | {"stat": np.array([model.stat.meaninertia, model.stat.extent])}
+
+    nominal = everything()
+    shift.kind.prepare(1.0)
+    changed = {n for n, values in everything().items() if not np.array_equal(values, nominal[n])}
+    assert {"body_mass", "body_inertia", "dof_invweight0", "body_subtreemass"} <= changed
+    shift.kind.prepare(0.0)
+    assert all(np.array_equal(values, nominal[n]) for n, values in everything().items())
+
+
 # ---- bad input ---------------------------------------------------------------------------------
 
 
@@ -316,11 +376,18 @@ def test_an_endless_life_has_no_terminal_transition() -> None:
         (CHEETAH, "parameters:length=2", "use gravity, mass"),
         (CHEETAH, "rotation", "square images"),
         (CHEETAH, "obs_negate:dims=99", "dims must lie in 0..16"),
-        (CARTPOLE, "mass:scale=2", "the environment has no 'mass'.*it has .*masscart"),
+        (CARTPOLE, "mass:scale=2", "no MuJoCo environment and has no 'mass'.*it has .*masscart"),
         (CARTPOLE, "wind:x=1", "CartPole-v1 is no MuJoCo environment"),
         (CARTPOLE, "push:x=1", "no MuJoCo environment"),
         (CARTPOLE, "action_gain:scale=2", "actions that are a vector"),
         (CARTPOLE, "target_velocity:value=1", "gives no x_velocity"),
+        (JELLYBEAN, "mass:scale=2", "no MuJoCo environment.*it has no parameters"),
+        ("HalfCheetah-v4", "reward_flip", "part=all.*no reward_forward"),
+        ("InvertedPendulum-v5", "reward_flip", "gives no reward_forward"),
+        (CARTPOLE, "reward_flip:part=some", "part is forward or all"),
+        (CARTPOLE, "obs_negate:dims=[0", "is no list such as"),
+        (CARTPOLE, {"kind": "sign_flip"}, "needs a target: reward"),
+        (CHEETAH, "mass_trso:scale=2", "did you mean 'torso'"),
         (CARTPOLE, "action_delay:steps=0", "at least 1 step"),
         (CARTPOLE, {"kind": "obs_bias", "value": 1, "target": "reward"}, "not the reward"),
         (CARTPOLE, {"shifts": []}, "a list `shifts`"),
