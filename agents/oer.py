@@ -100,6 +100,7 @@ class OER(Agent):
         self.memory, self.selecting = Memory(self.seed), selectors.InSteps()
         self.finished: list[dict[str, Tensor]] = []  # the learners of `config.learners`
         self.shifts: list[float] = []
+        self.divided: tuple[Buffer, tuple[Tensor, Tensor]] | None = None
 
     def hold(self, policy: MultiHead) -> None:
         """Where the policy lives that is kept, deployed and evaluated."""
@@ -203,7 +204,7 @@ class OER(Agent):
         if not self.learner.frozen:
             self.learner.begin_task(task, buffer)
         if self.modelled:
-            self.dynamics.fit(buffer.take(split_rows(buffer)[0]))
+            self.dynamics.fit(buffer.take(self.split(buffer)[0]))
         if new and current and self.config.warm_start:
             rows = buffer.take(some_rows(buffer))
             self.kept.start_from_best(self.normalized(rows["obs"], current), rows["action"])
@@ -222,7 +223,7 @@ class OER(Agent):
 
     def check(self, stage: Stage, updates: int, buffer: Buffer) -> bool:
         """The model stops learning once its error on rows held out does."""
-        held = buffer.take(split_rows(buffer)[1])
+        held = buffer.take(self.split(buffer)[1])
         return self.dynamics.converged(self.run(self.dynamics.error, held))
 
     def sample(self, buffer: Buffer | Mixture) -> Batch:
@@ -232,12 +233,18 @@ class OER(Agent):
         if self.stage == "select":
             return self.choose(buffer)
         if self.stage == "dynamics":
-            return buffer.sample(c.batch_size, where=split_rows(buffer)[0])
+            return buffer.sample(c.batch_size, where=self.split(buffer)[0])
         batch = buffer.sample(c.batch_size)
         if self.remembers:
             batch |= self.memory.sample(c.memory_batch, without=self.kept.current)
         self.observe()
         return batch
+
+    def split(self, buffer: Buffer) -> tuple[Tensor, Tensor]:
+        """Rows that the model learns from and rows held out; found once per task."""
+        if self.divided is None or self.divided[0] is not buffer:
+            self.divided = (buffer, split_rows(buffer))
+        return self.divided[1]
 
     def observe(self) -> None:
         """Let the retention see the clone's last step."""
@@ -305,7 +312,16 @@ class OER(Agent):
             self.memory.store(current, {"obs": rows["obs"], "target": action})
             if c.memory_total:
                 self.memory.shrink(max(1, c.memory_total // len(self.memory.parts)))
-        self.selecting = selectors.InSteps()
+        self.selecting, self.divided = selectors.InSteps(), None
+
+    def resources(self) -> dict[str, float]:
+        """What stays between tasks: the policy and the memory."""
+        parts = self.memory.parts.values()
+        return {
+            "parameters": float(sum(p.numel() for p in self.kept.parameters())),
+            "memory_rows": float(sum(len(part) for part in parts)),
+            "memory_bytes": float(self.memory.nbytes),
+        }
 
     # ---- state -------------------------------------------------------------------------------
 

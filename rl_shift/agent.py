@@ -157,6 +157,10 @@ class Agent(Learner):
         """
         return {}
 
+    def resources(self) -> dict[str, float]:
+        """What it costs to keep, for results.json: numbers by name."""
+        return {"parameters": float(sum(p.numel() for p in self.parameters()))}
+
     def build(self, task: Task) -> None:
         """Structure a task needs (heads, adapters); called again, in order, before a resume."""
 

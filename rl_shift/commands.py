@@ -203,6 +203,8 @@ def _list_envs() -> None:
 
     import rl_shift.envs  # noqa: F401  (registers ours)
 
-    for env_id in sorted(gymnasium.registry):
-        print(env_id)
+    for env_id, spec in sorted(gymnasium.registry.items()):
+        if spec.kwargs.get("member") is None:  # the members of a family follow from its first line
+            print(env_id)
+    print("\nmembers of the families of tasks: rl_shift/CheetahVel-0-v0, rl_shift/AntDir-0-v0, ...")
     print("\nyour own: --env module:Id-v0")

@@ -27,7 +27,11 @@ Pictures need matplotlib: pip install "rl_shift[report]"."""
 # Chapters about runs of a special kind, "module:function", in their order in the document. Each is
 # called with what was gathered and the folder for its pictures (None without matplotlib); it gives
 # its blocks, none where no run is of its kind, and may add to the notes.
-CHAPTERS: tuple[str, ...] = ("rl_shift.report_lifelong:chapter",)
+CHAPTERS: tuple[str, ...] = (
+    "rl_shift.report_published:chapter",
+    "rl_shift.report_continual:chapter",
+    "rl_shift.report_lifelong:chapter",
+)
 
 
 @dataclass(frozen=True)

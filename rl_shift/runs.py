@@ -604,6 +604,7 @@ def _results(
         "threads": run.threads,
         "device": device,
         "data_mode": run.data_mode,
+        "resources": trainer.agent.resources(),
         "versions": checkpoint.versions(),
     }
 

@@ -106,7 +106,8 @@ class Nearest:
         k = 4
         while pending:
             k = min(k, len(self.points))
-            asked = self.tree.query(queries[pending], k=[*range(1, k + 1)])
+            ranks: Any = [*range(1, k + 1)]  # a list keeps the axis where k is 1
+            asked = self.tree.query(queries[pending], k=ranks)
             near, rows = np.asarray(asked[0]), np.asarray(asked[1])
             left = []
             for query, distance, candidates in zip(pending, near, rows, strict=True):
