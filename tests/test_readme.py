@@ -89,5 +89,7 @@ def test_every_command_line_is_understood() -> None:
     assert len(lines) > 10
     for argv in lines:
         assert argv[0] in cli.COMMANDS, argv
+        if "--agent.base" in argv:  # a run that is not there: any agent stands for it
+            argv[argv.index("--agent.base") + 1] = "td3_bc"
         if argv[0] == "train" and "--resume" not in argv:
             assert commands.configured(argv[1:]).agent_name, argv
