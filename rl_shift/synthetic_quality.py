@@ -15,9 +15,11 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from rl_shift import datasets, envs, runs, seeding
+from rl_shift import config, datasets, envs, runs, seeding
 from rl_shift.agent import Agent, Policy
 from rl_shift.buffer import Buffer
+from rl_shift.denoisers import ResidualMLP, TemporalUNet, multiply_adds
+from rl_shift.diffusion import Sampler, toy_std
 from rl_shift.dynamics import GaussianEnsemble
 from rl_shift.errors import UserError
 from rl_shift.guidance import log_likelihood
@@ -25,6 +27,7 @@ from rl_shift.trajectories import TrajectoryCodec, window_starts
 
 Batch = dict[str, Tensor]
 REPLAYABLE = ("Hopper", "Walker2d", "HalfCheetah")  # obs = (qpos without the root's x, qvel)
+PATHS = 12  # trajectories drawn
 CLIPPED = 10.0  # where hopper and walker2d clip velocities: no unique true state lies behind
 
 
@@ -196,6 +199,7 @@ def compare(
     starts, _ = window_starts(buffer, length + 1, agent.config.stride)
     real = buffer.windows(windows, length, starts)
     results: dict[str, Any] = {"window": length + 1, "data": asked(_plain(real)), "guided": []}
+    results["data"]["paths"] = real["obs"][:PATHS, :, 0].tolist()
     for coefficient in coefficients:
         agent.coefficient.fill_(coefficient)
         with torch.no_grad(), seeding.forked(0):
@@ -204,7 +208,9 @@ def compare(
             key: value.view(windows, length, *value.shape[1:])
             for key, value in codec.transitions(x).items()
         }
-        results["guided"].append({"coefficient": coefficient, **asked(rows)})
+        results["guided"].append(
+            {"coefficient": coefficient, **asked(rows), "paths": rows["obs"][:PATHS, :, 0].tolist()}
+        )
     if model_spec is not None:
         model = getattr(runs.load_agent(model_spec)[0], "dynamics", None)
         if not isinstance(model, GaussianEnsemble):
@@ -221,14 +227,50 @@ def _plain(batch: Batch) -> Batch:
     return {key: batch[key] for key in keys}
 
 
+def costs(presets: Sequence[str], obs: int, action: int) -> list[dict[str, Any]]:
+    """What one full generation costs in each preset, with its sampler's error beside it.
+
+    FLOP are twice the multiply-adds of the denoiser's layers.
+
+    Args:
+        presets: names of presets of an agent that generates trajectories.
+        obs: width of an observation.
+        action: width of an action.
+    """
+    width, rows = obs + action + 2, []
+    given = {"tasks.0.dataset": "rl_shift/hopper-replay-v0"}
+    for preset in presets:
+        c = config.make(preset=preset, overrides=given).agent
+        sampler = Sampler(c.sampler_steps, c.solver, c.churn)
+        with torch.device("meta"):
+            if c.network == "mlp":
+                net: Any = ResidualMLP((c.window, width), c.width, c.depth)
+            else:
+                net = TemporalUNet(width, c.width)
+            inputs = torch.zeros(1, c.window, width), torch.zeros(1)
+            each = multiply_adds(net, *inputs)
+        rows.append(
+            {
+                "preset": preset,
+                "parameters": sum(p.numel() for p in net.parameters()),
+                "calls": sampler.calls,
+                "transitions": c.windows * (c.window - 1),
+                "flop": 2.0 * each * c.windows * sampler.calls,
+                "toy_std": toy_std(sampler),
+                "flop_per_transition": 2.0 * each * sampler.calls / (c.window - 1),
+            }
+        )
+    return rows
+
+
 def picture(results: dict[str, Any], path: Path) -> None:
-    """Dynamics error over likelihood, and dynamics error over the step within the window."""
+    """Dynamics error over likelihood and over the step within the window; a few trajectories."""
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
 
-    figure = Figure(figsize=(8, 3.4), layout="constrained")
+    figure = Figure(figsize=(11, 3.3), layout="constrained")
     canvas: Any = FigureCanvasAgg(figure)
-    left, right = figure.subplots(1, 2)
+    left, right, paths = figure.subplots(1, 3)
     guided = results["guided"]
     x = [row["log_likelihood"] for row in guided]
     y = [row["dynamics_mse"] for row in guided]
@@ -245,7 +287,12 @@ def picture(results: dict[str, Any], path: Path) -> None:
         right.plot(steps, model["by_step"], "k--", label="ensemble")
     left.set(xlabel="log-likelihood under the policy", ylabel="dynamics error (MSE / variance)")
     right.set(xlabel="step within the window", yscale="log")
-    for axes in (left, right):
+    drawn = [("data", results["data"], "grey"), ("generated", guided[-1], "tab:blue")]
+    for name, row, colour in drawn:
+        for k, values in enumerate(row["paths"]):
+            paths.plot(values, color=colour, alpha=0.6, label=name if k == 0 else None)
+    paths.set(xlabel="step within the window", ylabel="first observation")
+    for axes in (left, right, paths):
         axes.grid(alpha=0.3)
         axes.legend(frameon=False, fontsize=8)
     canvas.print_png(path)

@@ -8,6 +8,9 @@ score RUN  a score model against the closed-form score of the tanh-Gaussian poli
 synthetic RUN  the trajectories that a run's denoiser generates, over the strength of the guidance:
            error of their dynamics against MuJoCo, log-likelihood under the target policy, distance
            to the data; beside them the data, and an ensemble rolled to the same length.
+
+cost       FLOP of one generation in PGD's presets, and what their samplers do to the exact denoiser
+           of normal data.
 """
 
 from __future__ import annotations
@@ -109,9 +112,13 @@ def main(argv: list[str] | None = None) -> int:
     for_synthetic.add_argument("--windows", type=int, default=256)
     for_synthetic.add_argument("--moves", type=int, default=2000, help="transitions replayed")
     for_synthetic.add_argument("--picture", type=Path, help="PNG to write")
+    for_cost = commands.add_parser("cost", help="FLOP and sampling error of PGD's presets")
+    for_cost.add_argument("--obs", type=int, default=17, help="width of an observation")
+    for_cost.add_argument("--action", type=int, default=6, help="width of an action")
     given = parser.parse_args(argv)
+    chosen = {"score": print_score, "synthetic": print_synthetic, "cost": print_cost}
     try:
-        (print_score if given.what == "score" else print_synthetic)(given)
+        chosen[given.what](given)
     except UserError as error:
         print(f"diagnose: error: {error}", file=sys.stderr)
         return 2
@@ -143,6 +150,19 @@ def print_synthetic(given: argparse.Namespace) -> None:
         print(f"{name:>16}" + "".join(f"{row[key]:>17.4f}" for key in keys))
     if given.picture is not None:
         synthetic_quality.picture(result, given.picture)
+
+
+def print_cost(given: argparse.Namespace) -> None:
+    """`diagnose.py cost`."""
+    presets = ("pgd.td3_bc", "pgd.gpu", "pgd.paper")
+    print(f"{'preset':>12} parameters calls transitions      FLOP FLOP/transition std of N(0, 1)")
+    for row in synthetic_quality.costs(presets, given.obs, given.action):
+        print(
+            f"{row['preset']:>12} {row['parameters']:10d} {row['calls']:5d} "
+            f"{row['transitions']:11d} {row['flop']:9.2e} {row['flop_per_transition']:15.2e} "
+            f"{row['toy_std']:14.4f}"
+        )
+    print("published sampler, its own Euler step: std 1.0300 (specified, not run)")
 
 
 if __name__ == "__main__":

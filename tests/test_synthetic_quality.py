@@ -95,6 +95,8 @@ def test_the_script_compares_strengths(
     assert path.stat().st_size > 5000
     assert script.main(["synthetic", found[1]]) == 2
     assert "no run that learnt to generate trajectories" in capsys.readouterr().err
+    assert script.main(["cost"]) == 0
+    assert "pgd.paper  177656857   511      253952" in capsys.readouterr().out
     result = synthetic_quality.compare(found[0], [0.0, 16.0], None, found[1], 24, 60)
     unguided, guided = result["guided"]
     assert result["data"]["dynamics_mse"] < 1e-5 < unguided["dynamics_mse"]
@@ -102,3 +104,13 @@ def test_the_script_compares_strengths(
     assert guided["spread"] < unguided["spread"]
     assert len(guided["by_step"]) == 7
     assert 0.0 <= guided["left_out"] < 1.0
+
+
+def test_costs_are_the_spec_s() -> None:
+    presets = ("pgd.td3_bc", "pgd.gpu", "pgd.paper")
+    cpu, gpu, paper = synthetic_quality.costs(presets, 17, 6)
+    assert gpu["flop"] == pytest.approx(3.8e13, rel=0.01)
+    assert paper["flop"] == pytest.approx(2e16, rel=0.03)
+    for row in (cpu, gpu):  # at least a hundred times cheaper, at no more than the error of 1.0300
+        assert row["flop_per_transition"] * 100 < paper["flop_per_transition"]
+        assert abs(row["toy_std"] - 1) < 0.03
