@@ -532,7 +532,13 @@ def toy_run(
     monkeypatch.setattr(trainer.datasets, "load", load)
     agent = make(name, on, seeds, first=0 if state is None else 50)
     run = RunConfig(
-        name, agent.config, tuple(tasks), seeds=seeds, save_every=save_every, log_every=1
+        name,
+        agent.config,
+        tuple(tasks),
+        seeds=seeds,
+        save_every=save_every,
+        log_every=1,
+        data_memory="ram",
     )
     saved: list[dict[str, Any]] = []
     logged: list[dict[str, float]] = []
