@@ -10,7 +10,6 @@ dataset it would take foreign actions for its own, so it is for interaction only
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -20,31 +19,12 @@ from torch import Tensor
 
 from rl_shift.agent import Agent, Batch, Metrics
 from rl_shift.online_networks import ActorCritic, unsupported
+from rl_shift.rollouts import advantages, minibatches
 from rl_shift.running import RunningStatistics
 
 if TYPE_CHECKING:
     from rl_shift.buffer import Buffer, Mixture
     from rl_shift.config import Task
-
-
-def advantages(delta: Tensor, ended: Tensor, decay: float) -> Tensor:
-    """Generalised advantages A_t = delta_t + decay (1 - ended_t) A_{t+1} along the last axis.
-
-    Solved by doubling: after round k every element holds its next 2^k terms, so T steps need
-    log2(T) rounds of whole tensors instead of T small ones.
-
-    Args:
-        delta: (N, T) one-step errors r + gamma V(s') - V(s).
-        ended: (N, T) bool, rows after which nothing follows.
-        decay: gamma lambda.
-    """
-    total, reach = delta.clone(), decay * (~ended).to(delta.dtype)
-    step, length = 1, delta.shape[-1]
-    while step < length:
-        total[..., :-step] += reach[..., :-step] * total[..., step:].clone()
-        reach[..., :-step] *= reach[..., step:].clone()
-        step *= 2
-    return total
 
 
 class PPO(Agent):
@@ -156,15 +136,6 @@ class PPO(Agent):
             "value/loss": error,
         }
 
-    def minibatches(self, rows: Batch) -> Iterator[Batch]:
-        """All rows in random order, in pieces of equal size; what is left over is not used."""
-        count = len(rows["advantage"])
-        size = min(self.config.batch_size, count)
-        order = torch.randperm(count, device=rows["advantage"].device)
-        shuffled = {k: v[order] for k, v in rows.items()}
-        for start in range(0, count - size + 1, size):
-            yield {k: v[start : start + size] for k, v in shuffled.items()}
-
     def act(self, obs: Tensor, explore: bool) -> Tensor:
         """(N, obs) -> (N, action) or (N,): a sample when exploring, else the mode."""
         head, output = self.actor_critic.head, self.actor_critic.policy(self.normalized(obs))
@@ -197,7 +168,7 @@ class PPO(Agent):
         found = [
             self.step(minibatch)
             for _ in range(self.config.epochs)
-            for minibatch in self.minibatches(rows)
+            for minibatch in minibatches(rows, self.config.batch_size)
         ]
         metrics = {k: torch.stack([m[k] for m in found]).mean() for k in found[0]}
         if self.config.normalize:

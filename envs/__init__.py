@@ -12,6 +12,7 @@ from typing import Any
 import gymnasium
 from gymnasium.vector import AutoresetMode, SyncVectorEnv
 
+from rl_shift.envs import robotics
 from rl_shift.envs.shift import ShiftWrapper
 from rl_shift.envs.state import env_state, set_env_state
 from rl_shift.envs.wrappers import agent_view
@@ -26,6 +27,7 @@ for _name, _entry_point in {
     "InfCartPole": "rl_shift.envs.cartpole:InfCartPole",
 }.items():
     gymnasium.register(f"rl_shift/{_name}-v0", entry_point=_entry_point)
+robotics.register()
 
 # Members of task families: `rl_shift/CheetahVel-7-v0`, and without a number for any goal.
 for _name, _members in {
@@ -70,9 +72,10 @@ def make_env(
     except gymnasium.error.DependencyNotInstalled as error:
         raise UserError(f"environment {id!r} needs a package: {_one_line(error)}") from error
     except ImportError as error:
+        extra = ', such as pip install "rl_shift[robotics]"' * ("robotics" in str(error))
         raise UserError(
             f"environment {id!r} cannot be imported: {_one_line(error)}; install the package it "
-            "comes from, or start in the folder that holds its module"
+            f"comes from{extra}, or start in the folder that holds its module"
         ) from error
     except gymnasium.error.Error as error:
         raise UserError(f"environment {id!r} cannot be made: {_one_line(error)}") from error

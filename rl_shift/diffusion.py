@@ -167,3 +167,23 @@ class Sampler:
             x = following / sigma * x - math.expm1(-step) * mixed
             before, step_before = clean, step
         return x
+
+
+def toy_std(sampler: Sampler) -> float:
+    """Std of the samples for standard normal data and its exact denoiser x / (1 + sigma^2).
+
+    Exact, not sampled: every step is linear. Its distance from 1 is what a sampler's speed costs.
+    """
+    if not sampler.churn:
+        one = torch.ones(1, 1, dtype=torch.float64)
+        return float(sampler(lambda x, sigma: x / (1 + sigma.square()), one).abs())
+    variance = SIGMA_MAX**2
+    for sigma, raised, following in sampler.levels():
+        step = following - raised
+        slope = raised / (1 + raised**2)
+        gain = 1 + step * slope
+        if following > 0:
+            gain = 1 + 0.5 * step * (slope + following / (1 + following**2) * gain)
+        added = sampler.churn_noise**2 * (raised**2 - sigma**2)
+        variance = gain**2 * (variance + added)
+    return math.sqrt(variance)

@@ -23,6 +23,7 @@ from rl_shift.launcher import Job, Local, wait
 from rl_shift.loggers import METRICS, clock_text, read_metrics
 
 PROBE_UPDATES, PROBE_EVERY, PROBE_S = 300, 50, 30.0
+COMPILED_UPDATES, COMPILED_S = 600, 240.0  # a compilation comes first, and takes a minute or more
 START_S = 5.0  # a process's start: imports, data, the first checkpoint
 HORIZON = 1000  # steps of an episode that the environment does not limit
 
@@ -51,6 +52,14 @@ class Work:
         run = self.job.run
         sizes = (run.seeds, run.threads, run.compile, run.precision, run.device, run.lanes)
         return (run.agent_name, repr(run.agent), self.env_id, *sizes)
+
+
+@dataclass(frozen=True)
+class Measured:
+    """A speed in updates/s, and seconds that are spent once before it is reached."""
+
+    speed: float
+    once: float = 0.0
 
 
 def work(job: Job, agent: Agent, tasks: Sequence[Task]) -> Work:
@@ -110,31 +119,49 @@ def _alike(old: RunConfig, run: RunConfig) -> bool:
     )
 
 
-def measure(work: Work) -> float | None:
-    """Updates/s over a few hundred updates of the real command; None where it failed."""
+def measure(work: Work) -> Measured | None:
+    """Speed over a few hundred updates of the real command; None where it failed.
+
+    The first interval holds whatever is done once, a compilation above all: it is told apart, so
+    the speed is that of a later interval, and the probe goes on until there is one.
+    """
     run = work.job.run
-    tasks = tuple(_short(task) for task in run.tasks[:1])
+    compiled = run.compile != "off"
+    tasks = tuple(
+        _short(task, COMPILED_UPDATES if compiled else PROBE_UPDATES) for task in run.tasks
+    )
     given: dict[str, Any] = {"log_every": PROBE_EVERY, "eval_every": 0, "save_every": 0}
     with tempfile.TemporaryDirectory(prefix="rl_shift-probe-") as name:
         folder = Path(name, "run")
-        short = replace(run, tasks=tasks, run_dir=str(folder), eval_episodes=1, **given)
+        short = replace(run, tasks=tasks[:1], run_dir=str(folder), eval_episodes=1, **given)
         with Local(1) as pool:
             pool.submit(Job("probe", short, folder))
-            until = time.monotonic() + PROBE_S
+            began = time.monotonic()
             stopped = False
 
             def limit(reports: Sequence[object]) -> None:
                 nonlocal stopped
-                if not stopped and time.monotonic() > until and known_speed(folder):
+                spent = time.monotonic() - began
+                known = known_speed(folder, least=2) is not None
+                if not stopped and (spent > PROBE_S and known or spent > COMPILED_S):
                     stopped = True
                     pool.cancel()
 
             wait(pool, limit)
-        return next(reversed(_speeds(folder)), None)  # the first may hold a compilation
+        return _measured(_speeds(folder))
 
 
-def _short(task: Task) -> Task:
-    updates = min(task.updates, PROBE_UPDATES)
+def _measured(speeds: Sequence[float]) -> Measured | None:
+    """Updates/s after the first interval, and the time that the first took beyond its updates."""
+    if not speeds:
+        return None
+    rest = sorted(speeds[1:] or speeds)
+    speed = rest[len(rest) // 2]
+    return Measured(speed, max(0.0, PROBE_EVERY / speeds[0] - PROBE_EVERY / speed))
+
+
+def _short(task: Task, most: int) -> Task:
+    updates = min(task.updates, most)
     return replace(task, updates=updates, env_steps=task.env_steps if not updates else 0)
 
 
@@ -165,27 +192,33 @@ class Cost:
     speed: float | None
     updating: float
     evaluating: float
+    once: float = 0.0  # a compilation
 
     @property
     def seconds(self) -> float:
         """All of it."""
-        return START_S + self.updating + self.evaluating
+        return START_S + self.once + self.updating + self.evaluating
 
 
 def costs(works: Sequence[Work], past: Callable[[Work], float | None], probe: bool) -> list[Cost]:
     """Every job's cost; speeds that no finished run tells are measured if `probe`."""
-    speeds: dict[tuple[Any, ...], float | None] = {}
+    speeds: dict[tuple[Any, ...], Measured | None] = {}
     steps: dict[str, tuple[float, int]] = {}
     found = []
     for item in works:
         if item.key not in speeds:
-            speeds[item.key] = past(item) or (measure(item) if probe else None)
+            known = past(item)
+            if known is not None:
+                speeds[item.key] = Measured(known)
+            else:
+                speeds[item.key] = measure(item) if probe else None
         if item.env_id is not None and item.env_id not in steps:
             steps[item.env_id] = step_seconds(item.env_id)
         second, horizon = steps[item.env_id] if item.env_id is not None else (0.0, 0)
-        speed = speeds[item.key]
+        measured = speeds[item.key]
+        speed, once = (measured.speed, measured.once) if measured else (None, 0.0)
         updating = item.updates / speed + item.env_steps * second if speed else 0.0
-        found.append(Cost(item, speed, updating, item.episodes * horizon * second))
+        found.append(Cost(item, speed, updating, item.episodes * horizon * second, once))
     return found
 
 

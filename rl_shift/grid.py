@@ -26,16 +26,17 @@ from rl_shift.config import SHORT_FLAGS, RunConfig
 from rl_shift.errors import UserError, nearest
 
 SHARED = ("preset", "datasets", "envs", "seeds", "seed", "settings", "overrides")
-GRID_KEYS = ("agents", *SHARED)
+GRID_KEYS = ("agents", "search", *SHARED)
 ENTRY_KEYS = ("agent", "label", *SHARED)
 
 
 @dataclass(frozen=True)
 class Planned:
-    """One run of a sweep and its folder below the sweep's own."""
+    """One run of a sweep and its folder below the sweep's own; `entry` labels its agent."""
 
     name: str
     run: RunConfig
+    entry: str = ""
 
 
 def read(path: str | Path) -> list[Planned]:
@@ -45,13 +46,13 @@ def read(path: str | Path) -> list[Planned]:
         UserError: an unknown key anywhere, a value of the wrong type, or two runs of one name.
     """
     ((where, grid),) = config.layers_of(None, [path])
-    _check_keys(grid, GRID_KEYS, where)
+    check_keys(grid, GRID_KEYS, where)
     planned: dict[str, Planned] = {}
     for number, entry in enumerate(_listed(grid, "agents", where)):
         inside = f"agents.{number} in {where}"
         if not isinstance(entry, Mapping):
             entry = {"agent": str(entry)}
-        _check_keys(entry, ENTRY_KEYS, inside)
+        check_keys(entry, ENTRY_KEYS, inside)
         settings = _flat(grid, "settings", where) | _flat(entry, "settings", inside)
         for plan in _runs_of({**grid, **entry}, settings, inside):
             if plan.name in planned:
@@ -61,6 +62,15 @@ def read(path: str | Path) -> list[Planned]:
                 )
             planned[plan.name] = plan
     return list(planned.values())
+
+
+def search_of(path: str | Path) -> Mapping[str, Any] | None:
+    """The `search` of a grid file, unchecked; None where there is none."""
+    ((where, grid),) = config.layers_of(None, [path])
+    found = grid.get("search")
+    if found is not None and not isinstance(found, Mapping):
+        raise UserError(f"search in {where} must hold keys and values, not {found!r}")
+    return found
 
 
 def placed(planned: Planned, out: Path) -> Planned:
@@ -86,7 +96,8 @@ def _runs_of(entry: Mapping[str, Any], settings: dict[str, Any], where: str) -> 
                 raise UserError(f"{where}: {error}") from error
             parts = [entry.get("label") or run.agent_name.rpartition(":")[2], run.tasks[0].name]
             parts += [f"{key.rpartition('.')[2]}={value}" for key, value in variant.items()]
-            yield Planned(".".join(re.sub(r"[^\w.=-]+", "-", str(part)) for part in parts), run)
+            name = ".".join(re.sub(r"[^\w.=-]+", "-", str(part)) for part in parts)
+            yield Planned(name, run, str(parts[0]))
 
 
 def _variants(entry: Mapping[str, Any], where: str) -> list[dict[str, Any]]:
@@ -124,7 +135,8 @@ def _listed(data: Mapping[str, Any], name: str, where: str) -> list[Any]:
     return values
 
 
-def _check_keys(data: Mapping[str, Any], known: tuple[str, ...], where: str) -> None:
+def check_keys(data: Mapping[str, Any], known: tuple[str, ...], where: str) -> None:
+    """Raises a `UserError` that names the nearest key for one that is not known."""
     for key in data:
         if key not in known:
             raise UserError(

@@ -306,8 +306,8 @@ def wait(
                     told.add(report.job.name)
                     ended(report)
             show(reports)
-            if all(report.ended for report in reports):
-                return reports
+            if all(report.job.name in told for report in launcher.reports()):  # none was added
+                return launcher.reports()
             if len(received) > answered:
                 answered = len(received)
                 launcher.cancel(at_once=answered > 1)

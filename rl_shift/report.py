@@ -28,6 +28,7 @@ Pictures need matplotlib: pip install "rl_shift[report]"."""
 # called with what was gathered and the folder for its pictures (None without matplotlib); it gives
 # its blocks, none where no run is of its kind, and may add to the notes.
 CHAPTERS: tuple[str, ...] = (
+    "rl_shift.report_published:chapter",
     "rl_shift.report_continual:chapter",
     "rl_shift.report_lifelong:chapter",
 )

@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from contextlib import ExitStack
+from collections.abc import Mapping, Sequence
+from contextlib import AbstractContextManager, ExitStack
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any, Literal
 
 from rl_shift import config, grid
 from rl_shift.errors import UserError
@@ -15,6 +15,7 @@ from rl_shift.options import Parser, options_of, split
 
 if TYPE_CHECKING:
     from rl_shift.estimate import Work
+    from rl_shift.launcher import Launcher
 
 USAGE = "rl-shift sweep GRID.yaml [options]"
 TEXT = """Trains every combination of a grid file: agents x datasets x overrides, several seeds
@@ -25,7 +26,10 @@ agents: [AGENT, {agent: module:Class, preset: PRESET, seeds: 1}]
 datasets: [hopper-medium-v2, data/own.hdf5]
 seeds: 3
 settings: {updates: 20000, eval_every: 5000}
-overrides: {agent.batch_size: [256, 1024]}"""
+overrides: {agent.batch_size: [256, 1024]}
+
+With `search: {trials: 20, space: {agent.learning_rate: {low: 1e-5, high: 1e-3, log: true}}}` Optuna
+proposes values instead, the mean last score of an entry's runs being the goal."""
 
 
 @dataclass(frozen=True)
@@ -36,6 +40,9 @@ class SweepSettings:
     processes: int | None = None  # runs at a time; default: usable cores / threads of a run
     dry_run: bool = False  # print the plan and the estimate, start nothing
     estimate: bool = True  # measure speeds that no earlier run of this sweep tells
+    backend: Literal["local", "ray"] = "local"  # ray: trials of Ray Tune, see --address
+    address: str | None = None  # of a running Ray cluster; default: Ray on this machine alone
+    retries: int = 1  # ray: of a run whose process was killed or whose machine was lost
 
 
 def sweep(argv: list[str]) -> int:
@@ -52,7 +59,57 @@ def sweep(argv: list[str]) -> int:
     if settings.processes is not None and settings.processes < 1:
         raise UserError(f"--processes must be at least 1, not {settings.processes}")
     out = Path(settings.out) if settings.out else Path("sweeps", Path(words[0]).stem)
-    return Sweep(grid.read(words[0]), out, settings).run()
+    planned, wanted = grid.read(words[0]), grid.search_of(words[0])
+    if wanted is not None:
+        return _search(planned, wanted, words[0], out, settings)
+    return Sweep(planned, out, settings).run()
+
+
+def _launcher(settings: SweepSettings) -> AbstractContextManager[Launcher]:
+    """The backend that was asked for."""
+    if settings.backend == "ray":
+        from rl_shift.ray_launcher import RayTune
+
+        return RayTune(settings.processes, settings.address, settings.retries)
+    from rl_shift.launcher import Local
+
+    return Local(settings.processes)
+
+
+def _search(
+    planned: Sequence[Planned],
+    wanted: Mapping[str, Any],
+    where: str,
+    out: Path,
+    settings: SweepSettings,
+) -> int:
+    """Train what Optuna proposes; 1 if a run failed."""
+    from rl_shift import checkpoint, search
+    from rl_shift.launch_view import View, told
+    from rl_shift.launcher import wait
+
+    goal = search.parsed(wanted, where)
+    groups: dict[str, list[Planned]] = {}
+    for plan in planned:
+        groups.setdefault(plan.entry, []).append(plan)
+    print(f"search {out}: {goal.trials} trials of each of {', '.join(groups)}", flush=True)
+    if settings.dry_run:
+        return 0
+    with ExitStack() as stack:
+        stack.enter_context(checkpoint.Lock(out))
+        searching = search.Searching(groups, goal, out)
+        view = View(out.name)
+        stack.callback(view.close)
+        pool = stack.enter_context(_launcher(settings))
+        searching.begin(pool)
+        reports = wait(pool, view, searching.ended(pool))
+    print("\n".join(searching.table()))
+    if any(report.state == "stopped" for report in reports):
+        raise KeyboardInterrupt("stopped and saved; the same command goes on")
+    failed = [report for report in reports if report.state == "failed"]
+    for report in failed:
+        print(f"  {told(report)}")
+    return 1 if failed else 0
 
 
 class Sweep:
@@ -134,7 +191,7 @@ class Sweep:
     def _train(self, names: set[str]) -> int:
         from rl_shift import checkpoint, runs, separate_seeds
         from rl_shift.launch_view import View, told
-        from rl_shift.launcher import Local, Report, wait
+        from rl_shift.launcher import Report, wait
 
         apart = [plan for plan in self.planned if separate_seeds.apart(plan.run)]
         owner = {job.name: plan for plan in apart for job in self.jobs[plan.name]}
@@ -156,7 +213,7 @@ class Sweep:
                 runs.write(self.out / plan.name / runs.CONFIG, config.dump(plan.run))
             view = View(self.out.name)
             stack.callback(view.close)
-            pool = stack.enter_context(Local(self.settings.processes))
+            pool = stack.enter_context(_launcher(self.settings))
             for jobs in self.jobs.values():
                 for job in jobs:
                     if job.name in names:

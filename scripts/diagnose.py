@@ -4,6 +4,13 @@
 score RUN  a score model against the closed-form score of the tanh-Gaussian policy that collected
            the run's dataset (our design after arXiv 2406.07541): cosine and explained share per
            noise level, share of perturbed actions whose exact density a correction raises.
+
+synthetic RUN  the trajectories that a run's denoiser generates, over the strength of the guidance:
+           error of their dynamics against MuJoCo, log-likelihood under the target policy, distance
+           to the data; beside them the data, and an ensemble rolled to the same length.
+
+cost       FLOP of one generation in PGD's presets, and what their samplers do to the exact denoiser
+           of normal data.
 """
 
 from __future__ import annotations
@@ -16,7 +23,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from rl_shift import datasets, held_out, runs, tanh_gaussian
+from rl_shift import datasets, held_out, runs, synthetic_quality, tanh_gaussian
 from rl_shift.buffer import Buffer
 from rl_shift.errors import UserError
 from rl_shift.score import correct_action
@@ -79,6 +86,9 @@ def draw(result: dict[str, Any], spec: str, path: Path) -> None:
         axes.plot(x, [row[key] for row in result["levels"]], mark, label=key)
     axes.set(xscale="log", xlabel="noise scale (action units)", ylim=(0, 1.02))
     axes.set_title(f"learnt score against the exact one: {Path(spec).name}", fontsize=10)
+    ticks = [0.02, 0.05, 0.1, 0.2, 0.5]
+    axes.set_xticks(ticks, [str(tick) for tick in ticks])
+    axes.minorticks_off()
     axes.grid(alpha=0.3)
     axes.legend(frameon=False)
     canvas.print_png(path)
@@ -94,19 +104,65 @@ def main(argv: list[str] | None = None) -> int:
     for_score.add_argument("run")
     for_score.add_argument("--rows", type=int, default=500, help="held-out rows")
     for_score.add_argument("--picture", type=Path, help="PNG to write")
+    for_synthetic = commands.add_parser("synthetic", help="generated trajectories")
+    for_synthetic.add_argument("run")
+    for_synthetic.add_argument("--coefficients", type=float, nargs="+", default=[0, 1, 4, 16, 64])
+    for_synthetic.add_argument("--policy", help="run of the target policy; default: the run's base")
+    for_synthetic.add_argument("--model", help="run with an ensemble to compare with")
+    for_synthetic.add_argument("--windows", type=int, default=256)
+    for_synthetic.add_argument("--moves", type=int, default=2000, help="transitions replayed")
+    for_synthetic.add_argument("--picture", type=Path, help="PNG to write")
+    for_cost = commands.add_parser("cost", help="FLOP and sampling error of PGD's presets")
+    for_cost.add_argument("--obs", type=int, default=17, help="width of an observation")
+    for_cost.add_argument("--action", type=int, default=6, help="width of an action")
     given = parser.parse_args(argv)
+    chosen = {"score": print_score, "synthetic": print_synthetic, "cost": print_cost}
     try:
-        result = score(given.run, given.rows, given.picture)
+        chosen[given.what](given)
     except UserError as error:
         print(f"diagnose: error: {error}", file=sys.stderr)
         return 2
+    return 0
+
+
+def print_score(given: argparse.Namespace) -> None:
+    """`diagnose.py score`."""
+    result = score(given.run, given.rows, given.picture)
     for row in result["levels"]:
         print("  ".join(f"{key} {value:.3f}" for key, value in row.items()))
     print(
         f"corrections raise the exact density of {100 * result['raised']:.1f} % of {result['rows']}"
         f" actions perturbed by N(0, {PERTURBED}^2)"
     )
-    return 0
+
+
+def print_synthetic(given: argparse.Namespace) -> None:
+    """`diagnose.py synthetic`."""
+    result = synthetic_quality.compare(
+        given.run, given.coefficients, given.policy, given.model, given.windows, given.moves
+    )
+    named = [("data", result["data"])]
+    named += [(f"coefficient {row['coefficient']:g}", row) for row in result["guided"]]
+    named += [("ensemble", result["model"])] if "model" in result else []
+    keys = ("log_likelihood", "spread", "dynamics_mse", "dynamics_median", "distance", "left_out")
+    print(f"{'':>16}" + "".join(f"{key:>17}" for key in keys))
+    for name, row in named:
+        print(f"{name:>16}" + "".join(f"{row[key]:>17.4f}" for key in keys))
+    if given.picture is not None:
+        synthetic_quality.picture(result, given.picture)
+
+
+def print_cost(given: argparse.Namespace) -> None:
+    """`diagnose.py cost`."""
+    presets = ("pgd.td3_bc", "pgd.gpu", "pgd.paper")
+    print(f"{'preset':>12} parameters calls transitions      FLOP FLOP/transition std of N(0, 1)")
+    for row in synthetic_quality.costs(presets, given.obs, given.action):
+        print(
+            f"{row['preset']:>12} {row['parameters']:10d} {row['calls']:5d} "
+            f"{row['transitions']:11d} {row['flop']:9.2e} {row['flop_per_transition']:15.2e} "
+            f"{row['toy_std']:14.4f}"
+        )
+    print("published sampler, its own Euler step: std 1.0300 (specified, not run)")
 
 
 if __name__ == "__main__":

@@ -39,7 +39,7 @@ SPACES: dict[str, tuple[Any, Any]] = {
 NO_AGENT_TAKES = (spaces.Dict(text=spaces.Text(4)), spaces.MultiDiscrete([2, 3]))
 # What makes an agent small, where it has such a field; so are the budgets of preparatory stages.
 SMALL: dict[str, Any] = {"hidden": (8,), "batch_size": 8, "warmup_steps": 4, "buffer_capacity": 64}
-SMALL |= {"features": 8, "rollout": 16, "epochs": 1}
+SMALL |= {"features": 8, "rollout": 16, "epochs": 1, "latent": 8, "model_epochs": 1}
 SMALL |= {"dynamics_hidden": (8,), "dynamics_members": 2}
 SMALL |= {"window": 8, "windows": 14, "width": 8, "depth": 1, "sampler_steps": 3}
 SMALL |= {"denoiser_batch": 4, "network": "mlp", "samples": 21}
@@ -436,8 +436,10 @@ def test_learn_changes_what_it_names_and_polyak_its_target_and_nothing_else_chan
 
     def current() -> dict[str, Tensor]:
         values = snapshot(agent)
-        if agent.live is not None:
-            values |= {k: v.detach().clone() for k, v in agent.live.items() if k in values}
+        for prefix, inner in agent.prefixed():  # the unit may be an inner agent's step
+            if inner.live is not None:
+                own = {prefix + k: v for k, v in inner.live.items()}
+                return values | {k: v.detach().clone() for k, v in own.items() if k in values}
         return values
 
     def spy(method: str, declared: Callable[..., tuple[str, ...]]) -> None:
@@ -530,7 +532,13 @@ def toy_run(
     monkeypatch.setattr(trainer.datasets, "load", load)
     agent = make(name, on, seeds, first=0 if state is None else 50)
     run = RunConfig(
-        name, agent.config, tuple(tasks), seeds=seeds, save_every=save_every, log_every=1
+        name,
+        agent.config,
+        tuple(tasks),
+        seeds=seeds,
+        save_every=save_every,
+        log_every=1,
+        data_memory="ram",
     )
     saved: list[dict[str, Any]] = []
     logged: list[dict[str, float]] = []

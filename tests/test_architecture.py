@@ -33,6 +33,7 @@ CORE_MAY_IMPORT: dict[str, set[str]] = {
     "running": set(),
     "online_networks": {"networks"},
     "priorities": set(),
+    "rollouts": set(),
     "curiosity": {"networks", "online_networks", "running"},
     "diffusion": {"errors", "networks"},
     "dynamics": {"errors", "networks", "seeding"},
@@ -50,8 +51,8 @@ CORE_MAY_IMPORT: dict[str, set[str]] = {
 AGENTS_MAY_IMPORT = {
     "agent", "agents", "buffer", "continual", "curiosity", "denoisers", "diffusion", "dynamics",
     "errors", "guidance", "held_out", "improvement", "inverse_dynamics", "networks",
-    "online_networks", "priorities", "quantiles", "retention", "running", "score",
-    "seeding", "selectors", "synthetic", "trajectories",
+    "online_networks", "priorities", "quantiles", "retention", "rollouts", "running",
+    "score", "seeding", "selectors", "synthetic", "trajectories",
 }  # fmt: skip
 ENVS_MAY_IMPORT = {"envs", "errors", "seeding"}
 COMMANDS = {"cli", "commands", "data_commands", "demo", "evaluate_command", "ope_command", "worker"}

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from rl_shift.denoisers import ResidualMLP, TemporalUNet, multiply_adds
-from rl_shift.diffusion import EDM, Sampler, noise_levels
+from rl_shift.diffusion import EDM, Sampler, noise_levels, toy_std
 from rl_shift.errors import UserError
 
 
@@ -65,6 +65,8 @@ def _published(sampler: Sampler, x: Tensor) -> Tensor:
 def test_the_toy_std_is_the_exact_one(
     steps: int, churned: float, ode: float, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    assert toy_std(Sampler(steps)) == pytest.approx(ode, abs=1e-4)
+    assert toy_std(Sampler(steps, churn=80.0)) == pytest.approx(churned, abs=1e-4)
     assert exact_std(Sampler(steps), monkeypatch) == pytest.approx(ode, abs=1e-3)
     assert exact_std(Sampler(steps, churn=80.0), monkeypatch) == pytest.approx(churned, abs=1e-3)
 

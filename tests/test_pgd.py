@@ -1,0 +1,468 @@
+"""Policy-Guided Diffusion: the spec's numbers for guidance, windows, generation and the agent."""
+
+import copy
+import dataclasses
+import functools
+import math
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from gymnasium import spaces
+from torch import Tensor
+
+from rl_shift import agents, config, seeding
+from rl_shift.agent import Policy
+from rl_shift.buffer import Buffer
+from rl_shift.config import Task
+from rl_shift.diffusion import Sampler, noise_levels
+from rl_shift.errors import UnsupportedSpace, UserError
+from rl_shift.guidance import Guidance, log_likelihood, score, tuned
+from rl_shift.networks import DeterministicActor
+from rl_shift.trajectories import TrajectoryCodec, window_starts
+
+OBS, ACTION = 3, 2
+BOX = spaces.Box(-np.inf, np.inf, (OBS,), np.float32)
+ACTIONS = spaces.Box(-1.0, 1.0, (ACTION,), np.float32)
+
+
+# ---- guidance ----------------------------------------------------------------------------------
+
+
+def gaussian(x: Tensor, sigma: Tensor) -> Tensor:
+    return x / (1 + sigma.square())
+
+
+def toy(
+    guidance: Guidance,
+    coefficient: float,
+    steps: int,
+    shape: tuple[int, int] = (31, 6),
+    churn: float = 0.0,
+    squashed: bool = False,
+    windows: int = 60,
+) -> tuple[float, float]:
+    """Mean and std of the actions of normal data guided towards 0.6 (of u itself if squashed)."""
+    codec = TrajectoryCodec(1, shape[1], shape[0])
+    generator = torch.Generator().manual_seed(0)
+    noise = torch.randn(windows, shape[0], codec.width, generator=generator)
+
+    def policy(obs: Tensor) -> Policy:
+        return Policy(torch.full((len(obs), shape[1]), 0.6), None, squashed)
+
+    with seeding.forked(1):
+        x = guidance.sample(
+            Sampler(steps, churn=churn), gaussian, noise, codec, policy, torch.tensor(coefficient)
+        )
+    action = codec.latents(x)
+    action = action if squashed else action.tanh()
+    return float(action.mean()), float(action.std())
+
+
+@pytest.mark.parametrize("kind", ["deterministic", "gaussian", "squashed"])
+def test_the_closed_form_is_the_gradient(kind: str) -> None:
+    torch.manual_seed(0)
+    codec = TrajectoryCodec(OBS, ACTION, 5)
+    codec.mean.normal_(), codec.std.uniform_(0.5, 2.0)
+    actor = DeterministicActor(OBS, (16,), ACTION)
+    std = None if kind == "deterministic" else torch.tensor([0.3, 0.02])
+
+    def policy(obs: Tensor) -> Policy:
+        return Policy(actor(obs), std, kind == "squashed")
+
+    def log_prob(u: Tensor, x: Tensor) -> Tensor:
+        v = u * codec.std[codec.latent] + codec.mean[codec.latent]
+        mean = actor(codec.observations(x)).detach()
+        sigma = torch.ones(ACTION) if std is None else std.clamp(min=0.1)
+        value = v if kind == "squashed" else v.tanh()
+        return torch.distributions.Normal(mean, sigma).log_prob(value).sum()
+
+    x = torch.randn(4, 5, codec.width)
+    expected = torch.func.grad(log_prob)(x[..., codec.latent], x)
+    with torch.no_grad():
+        g, curvature = score(codec, policy, x)
+    torch.testing.assert_close(g, expected, rtol=1e-5, atol=1e-5)
+    assert (curvature > 0).all()
+
+
+ADDITIVE = Guidance("additive", "frobenius", denoised=True)
+
+
+def test_strength_does_not_depend_on_the_number_of_steps() -> None:
+    few, many = toy(ADDITIVE, 0.25, 32), toy(ADDITIVE, 0.25, 128)
+    assert few[0] == pytest.approx(0.565, abs=0.03)
+    assert few[0] == pytest.approx(many[0], abs=0.03)
+    published = dataclasses.replace(ADDITIVE, invariant=False)
+    assert toy(published, 0.5, 32, churn=80.0)[0] == pytest.approx(0.10, abs=0.03)
+
+
+def test_strength_does_not_depend_on_the_window() -> None:
+    rms = dataclasses.replace(ADDITIVE, norm="rms")
+    means = [toy(rms, 0.018, 32, shape)[0] for shape in ((31, 6), (31, 3), (128, 6))]
+    assert max(means) - min(means) < 0.03
+    assert means[0] == pytest.approx(0.56, abs=0.03)
+
+
+def test_the_other_forms_have_the_spec_s_strengths() -> None:
+    none = dataclasses.replace(ADDITIVE, norm="none")
+    assert toy(none, 0.02, 32) == pytest.approx((0.32, 0.47), abs=0.03)
+    bounded = Guidance("bounded")
+    assert toy(bounded, 1.0, 32, squashed=True) == pytest.approx((0.43, 0.62), abs=0.03)
+    assert toy(bounded, 1.0, 32) == pytest.approx((0.30, 0.50), abs=0.03)
+    exact = Guidance("curvature")
+    assert toy(exact, 1.0, 32, squashed=True) == pytest.approx((0.304, 0.716), abs=0.02)
+    assert toy(exact, 4.0, 32) == pytest.approx((0.403, 0.380), abs=0.03)
+    assert toy(exact, 16.0, 32) == pytest.approx((0.537, 0.209), abs=0.03)
+
+
+@pytest.mark.parametrize("form", ["additive", "bounded", "curvature"])
+@pytest.mark.parametrize("churn", [0.0, 80.0])
+def test_no_coefficient_is_no_guidance(form: Any, churn: float) -> None:
+    codec = TrajectoryCodec(1, 2, 4)
+    noise, sampler = torch.randn(8, 4, codec.width), Sampler(8, churn=churn)
+    with seeding.forked(3):
+        plain = sampler(gaussian, noise)
+    with seeding.forked(3):
+        guided = Guidance(form).sample(
+            sampler,
+            gaussian,
+            noise,
+            codec,
+            lambda obs: Policy(torch.ones(len(obs), 2)),
+            torch.zeros(()),
+        )
+    assert torch.equal(plain, guided)
+
+
+def test_a_zero_gradient_pushes_nothing() -> None:
+    codec, noise = TrajectoryCodec(1, 2, 4), torch.randn(3, 4, 5)
+    x = noise * noise_levels(2)[0]
+    for norm in ("none", "frobenius", "rms"):
+        guidance = Guidance("additive", norm)
+        latent = codec.latents(x)
+
+        def policy(obs: Tensor, latent: Tensor = latent) -> Policy:
+            return Policy(latent.tanh().flatten(0, 1))
+
+        first: list[Tensor] = []
+
+        def keeps(x: Tensor, sigma: Tensor, first: list[Tensor] = first) -> Tensor:
+            first.append(x)
+            return x
+
+        guidance.sample(Sampler(2), keeps, noise, codec, policy, torch.ones(()))
+        assert torch.equal(first[0], x)
+
+
+@pytest.mark.parametrize("form", ["additive", "bounded", "curvature"])
+def test_only_actions_are_moved_and_no_gradient_flows(form: Any) -> None:
+    codec = TrajectoryCodec(OBS, ACTION, 6)
+    actor = DeterministicActor(OBS, (8,), ACTION)
+    noise = torch.randn(4, 6, codec.width)
+    # An element-wise denoiser: what guidance does to actions cannot reach other channels.
+    plain = Sampler(8)(gaussian, noise)
+    guided = Guidance(form).sample(
+        Sampler(8), gaussian, noise, codec, lambda obs: Policy(actor(obs)), torch.tensor(0.5)
+    )
+    action = codec.latent
+    assert not torch.equal(guided[..., action], plain[..., action])
+    assert torch.equal(guided[..., : action.start], plain[..., : action.start])
+    assert torch.equal(guided[..., action.stop :], plain[..., action.stop :])
+    assert all(p.grad is None for p in actor.parameters())
+
+
+def test_the_schedule_of_strengths() -> None:
+    ours, published = Guidance().strengths(32), Guidance(invariant=False).strengths(32)
+    assert published[0] == pytest.approx(1 + 0.3 * math.sin(math.pi / 32))
+    assert ours[0] == pytest.approx(8 * published[0])
+    assert ours[-1] == published[-1] == 0.0
+    assert len(ours) == 32
+
+
+@pytest.mark.parametrize(("target", "coefficient"), [(0.25, 0.259), (0.5, 0.149)])
+def test_the_strength_tunes_itself(target: float, coefficient: float) -> None:
+    value = torch.tensor(0.1)
+    for _ in range(10):
+        mean, std = toy(ADDITIVE, float(value), 32, windows=40)
+        spread = torch.tensor(math.sqrt(std**2 + (mean - 0.6) ** 2))
+        value = tuned(value, spread, target)
+    assert float(spread) == pytest.approx(target, rel=0.1)
+    assert float(value) == pytest.approx(coefficient, rel=0.15)
+    assert float(tuned(torch.tensor(1e-4), torch.tensor(0.0), 1.0)) == pytest.approx(1e-4)
+
+
+def test_likelihood_by_hand() -> None:
+    action = torch.tensor([[0.5, -0.2]])
+    unit = log_likelihood(Policy(torch.tensor([[0.0, -0.2]])), action)
+    assert float(unit) == pytest.approx(-0.125 - math.log(2 * math.pi))
+    narrow = log_likelihood(Policy(torch.tensor([[0.5, -0.2]]), torch.tensor([0.01, 0.2])), action)
+    assert float(narrow) == pytest.approx(-math.log(0.1 * 0.2) - math.log(2 * math.pi))
+
+
+# ---- windows -----------------------------------------------------------------------------------
+
+
+def episodes(lengths: list[int], terminated: list[bool], seed: int = 0) -> Buffer:
+    """Episodes whose rows are numbered in obs[0]; the reward is half of it, obs[2] is constant."""
+    rng = np.random.default_rng(seed)
+    rows = sum(lengths)
+    ends = np.cumsum(lengths) - 1
+    arrays: dict[str, Any] = {
+        "obs": rng.normal(size=(rows, OBS)).astype(np.float32),
+        "action": np.tanh(rng.normal(0, 1.5, (rows, ACTION))).astype(np.float32),
+        "reward": (np.arange(rows) / 2).astype(np.float32),
+        "terminated": np.zeros(rows, bool),
+        "truncated": np.zeros(rows, bool),
+        "task": np.zeros(rows, np.int64),
+    }
+    arrays["obs"][:, 0], arrays["obs"][:, 2] = np.arange(rows), 4.0
+    arrays["next_obs"] = np.roll(arrays["obs"], -1, 0)
+    for end, final in zip(ends, terminated, strict=True):
+        arrays["terminated" if final else "truncated"][end] = True
+    return Buffer.from_arrays(arrays)
+
+
+def test_window_rules() -> None:
+    lengths, final = [40, 33, 5, 60, 32], [True, False, True, True, True]
+    buffer = episodes(lengths, final)
+    starts, dropped = window_starts(buffer, 32, 8)
+    assert dropped == pytest.approx(5 / 170)
+    chosen = set(starts.tolist())
+    bounds = np.concatenate([[0], np.cumsum(lengths)])
+    for start in chosen:
+        k = int(np.searchsorted(bounds, start, side="right")) - 1
+        assert start + 32 <= bounds[k + 1]  # within one episode
+        assert final[k] or start + 32 < bounds[k + 1]  # never ending on a truncation
+    whole = [k for k, length in enumerate(lengths) if length >= 32]
+    assert {int(bounds[k]) for k in whole} <= chosen  # every start
+    assert {int(bounds[k + 1]) - 32 for k in whole if final[k]} <= chosen  # every termination
+    inner = [s for k in whole for s in range(bounds[k], bounds[k + 1] - 31)]
+    assert {s for s in inner[::8] if not (s + 31 in bounds - 1 and s == 41)} <= chosen | {41}
+    assert 41 not in chosen
+    batch = buffer.windows(64, 32, starts)
+    assert (batch["obs"][:, 1:, 0] - batch["obs"][:, :-1, 0] == 1).all()
+    assert not batch["terminated"][:, :-1].any()
+
+
+def test_windows_that_fit_nowhere_name_the_longest() -> None:
+    with pytest.raises(UserError, match="the longest usable window has 19; choose a shorter one"):
+        window_starts(episodes([10, 20, 19], [True, False, True]), 32, 8)
+    starts, _ = window_starts(episodes([10, 20, 19], [True, False, True]), 19, 8)
+    assert starts.tolist() == [10, 30]
+
+
+def test_encoding_and_back() -> None:
+    buffer = episodes([40, 40], [False, False])
+    codec = TrajectoryCodec(OBS, ACTION, 8)
+    starts, _ = window_starts(buffer, 8, 3)
+    codec.fit(buffer, starts)
+    everything = buffer.take(starts[:, None] + torch.arange(8))
+    x = codec.encode(everything)
+    assert x.shape == (len(starts), 8, OBS + ACTION + 2)
+    varies = [0, 1, 3, 4, 5]
+    torch.testing.assert_close(x.mean((0, 1)), torch.zeros(7), rtol=0.0, atol=1e-5)
+    std = x.std((0, 1), correction=0)
+    torch.testing.assert_close(std[varies], torch.ones(5), rtol=1e-4, atol=1e-4)
+    assert std[[2, 6]].tolist() == [0.0, 0.0]  # a constant observation, no termination
+    rows = codec.decode(x)
+    for key in ("obs", "action", "reward"):
+        torch.testing.assert_close(rows[key], everything[key], rtol=1e-3, atol=1.1e-3)
+    assert not rows["terminated"].any()
+
+
+def test_actions_stay_inside_and_edges_survive() -> None:
+    codec = TrajectoryCodec(OBS, ACTION, 2)
+    edge = {
+        "obs": torch.zeros(1, 2, OBS),
+        "action": torch.tensor([[[1.0, -1.0], [0.0, 1.0]]]),
+        "reward": torch.zeros(1, 2),
+        "terminated": torch.tensor([[False, True]]),
+    }
+    rows = codec.decode(codec.encode(edge))
+    assert (rows["action"] - edge["action"]).abs().max() < 0.0011
+    assert rows["terminated"].tolist() == [[False, True]]
+    extreme = codec.decode(torch.full((1, 2, codec.width), 1e4))
+    assert (extreme["action"].abs() < 1).all()
+
+
+def test_windows_become_transitions() -> None:
+    codec, x = TrajectoryCodec(OBS, ACTION, 4), torch.randn(3, 4, OBS + ACTION + 2)
+    x[..., -1] = 0.0
+    x[1, -1, -1] = 1.0  # the second window ends with a termination
+    rows = codec.transitions(x)
+    assert all(len(value) == 3 * 3 for value in rows.values())
+    obs = codec.observations(x)
+    assert torch.equal(rows["next_obs"].view(3, 3, OBS), obs[:, 1:])
+    assert torch.equal(rows["obs"].view(3, 3, OBS), obs[:, :-1])
+    assert not rows["terminated"].any()
+    endings = codec.endings(x)
+    assert endings["terminated"].tolist() == [True]
+    assert torch.equal(endings["obs"], obs[1:2, -1])
+
+
+# ---- the agent ---------------------------------------------------------------------------------
+
+
+def task(updates: int = 20) -> Task:
+    return Task(
+        "toy",
+        dataset="toy",
+        updates=updates,
+        observation_space=BOX,
+        action_space=ACTIONS,
+        data=SimpleNamespace(),  # type: ignore[arg-type]
+    )
+
+
+def made(buffer: Buffer | None = None, **changes: Any) -> Any:
+    """A tiny agent that has begun its task."""
+    kind = agents.get("pgd")
+    base: dict[str, Any] = {"hidden": (8,)}
+    fields = {"network": "mlp", "width": 16, "depth": 1, "window": 8, "windows": 12, "stride": 2}
+    fields |= {"synthesis_updates": 3, "sampler_steps": 4, "denoiser_batch": 8}
+    settings = kind.Config(base_config=base, **{**fields, **changes})
+    with seeding.forked(0):
+        agent = kind(BOX, ACTIONS, settings)
+    if buffer is not None:
+        agent.begin_task(task(), buffer)
+    return agent
+
+
+def stage(agent: Any, name: str) -> None:
+    for inner in agent.contained():
+        inner.stage = name
+
+
+def test_a_million_updates_generate_a_hundred_times() -> None:
+    agent = made(refresh_updates=10_000, denoiser_updates=5)
+    stages = agent.stages(task(1_000_000))
+    assert [s.name for s in stages[:4]] == ["denoiser", "unguided", "offline", "guided"]
+    assert sum(s.name == "guided" for s in stages) == 99
+    assert sum(s.name == "unguided" for s in stages) == 1
+    assert sum(s.updates for s in stages if s.counted) == 1_000_000
+    assert {s.updates for s in stages if s.counted} == {10_000}
+    unguided = made(coefficient=0.0).stages(task(50_000))
+    assert {s.name for s in unguided} == {"denoiser", "unguided", "offline"}
+    part = made(refresh_fraction=0.34, synthesis_updates=3).stages(task(30_000))
+    assert [s.updates for s in part if s.name in ("unguided", "guided")] == [3, 1, 1]
+    with pytest.raises(UserError, match="no --env-steps"):
+        agent.stages(dataclasses.replace(task(), env_steps=5, env="Hopper-v5"))
+
+
+def test_batches_have_sixteen_real_rows() -> None:
+    buffer = episodes([40, 40], [True, False])
+    agent = made(buffer)
+    stage(agent, "unguided")
+    for _ in range(3):
+        report = agent.update(agent.sample(buffer))
+    assert set(report) >= {"log_likelihood", "terminated", "saturated", "coefficient"}
+    assert len(agent.synthetic.ring) == 12 * 7
+    stage(agent, "offline")
+    batch = agent.sample(buffer)
+    assert len(batch["obs"]) == 256
+    real = batch["obs"][-16:, 0]
+    assert (real == real.round()).all()  # rows of the data are numbered
+    assert not (batch["obs"][:-16, 0] == batch["obs"][:-16, 0].round()).any()
+
+
+def test_a_part_is_refreshed_and_the_rest_stays() -> None:
+    buffer = episodes([40, 40], [False, False])
+    agent = made(buffer, refresh_fraction=0.34)
+    stage(agent, "unguided")
+    for _ in range(3):
+        agent.sample(buffer)
+    before = agent.synthetic.ring.arrays()["obs"].clone()
+    stage(agent, "guided")
+    agent.sample(buffer)
+    after = agent.synthetic.ring.arrays()["obs"]
+    changed = int((before != after).any(1).sum())
+    assert 4 * 7 <= changed <= 4 * 7 + 4  # windows that terminate have one row more
+
+
+def test_generation_leaves_the_training_s_noise_and_data_alone() -> None:
+    buffer = episodes([40, 40], [False, False])
+    agent = made(buffer, spread=0.3)
+    untouched = copy.deepcopy(buffer.state())
+    noise = torch.default_generator.get_state()
+    weights = {k: v.clone() for k, v in agent.base.state_dict().items()}
+    for name in ("unguided", "guided"):
+        stage(agent, name)
+        agent.sample(buffer)
+    assert torch.equal(noise, torch.default_generator.get_state())
+    assert untouched["generators"]["0"].equal(buffer.state()["generators"]["0"])
+    assert all(torch.equal(v, weights[k]) for k, v in agent.base.state_dict().items())
+    assert float(agent.coefficient) != agent.config.coefficient  # tuned
+
+
+@pytest.mark.parametrize("base", ["td3_bc", "iql", "bc", "sac"])
+def test_guidance_raises_the_likelihood_of_any_base(base: str) -> None:
+    """With the base's own normalisation of observations, and whatever its policy is."""
+    buffer = episodes([40, 40], [False, False])
+    agent = made(buffer, base=base, sampler_steps=16, windows=30, synthesis_updates=1)
+    agent.base.normalizer.fit(torch.full((OBS,), 5.0), torch.full((OBS,), 3.0))
+    found = []
+    for name in ("unguided", "guided"):
+        stage(agent, name)
+        agent.synthetic.blocks = 0  # the same noise
+        rows = agent.sample(buffer)
+        found.append(float(rows["log_likelihood"].mean()))
+    assert found[1] > found[0] + 0.05
+    seen: list[Tensor] = []
+    agent.base.actor.register_forward_pre_hook(lambda module, inputs: seen.append(inputs[0]))
+    agent.base.distribution(torch.full((1, OBS), 8.0)) if base != "sac" else None
+    assert base == "sac" or torch.allclose(seen[0], torch.full((1, OBS), 3 / 3.001), atol=1e-5)
+
+
+def test_a_denoiser_of_another_window_is_refused() -> None:
+    agent, other = made(window=8, denoiser="there"), made(window=4)
+    with pytest.raises(UserError, match="windows of 4 rows: give --agent.window 4 instead of 8"):
+        agent.reuse("denoiser", other)
+    same = made(window=8)
+    same.codec.mean.fill_(3.0)
+    agent.reuse("denoiser", same)
+    assert torch.equal(agent.codec.mean, same.codec.mean)
+    assert [s.name for s in agent.stages(task())] == ["unguided", "offline"]
+    kept = agent.codec.mean.clone()
+    agent.begin_task(task(), episodes([40, 40], [True, True]))
+    assert torch.equal(agent.codec.mean, kept)  # its own statistics, not the data's
+
+
+def test_short_episodes_are_said(caplog: pytest.LogCaptureFixture) -> None:
+    made(episodes([40, 5, 35], [True, True, True]))
+    assert "6.2 % of the rows lie in episodes shorter than the window of 8 rows" in caplog.text
+
+
+def test_bad_bases_and_spaces_are_refused() -> None:
+    with pytest.raises(UnsupportedSpace, match="continuous actions"):
+        agents.get("pgd")(BOX, spaces.Discrete(3), agents.get("pgd").Config())
+    with pytest.raises(UserError, match="next_action"):
+        agents.get("pgd")(BOX, ACTIONS, agents.get("pgd").Config(base="rebrac"))
+
+
+def test_presets_read_as_the_spec_s() -> None:
+    read = functools.partial(config.make, overrides={"tasks.0.dataset": "hopper-medium-v2"})
+    cpu, gpu, paper = (read(preset=f"pgd.{name}").agent for name in ("td3_bc", "gpu", "paper"))
+    assert (paper.width, paper.sampler_steps, paper.churn, paper.windows) == (1024, 256, 80, 8192)
+    assert Sampler(paper.sampler_steps, paper.solver, paper.churn).calls == 511
+    assert (gpu.width, Sampler(gpu.sampler_steps, gpu.solver).calls) == (128, 63)
+    assert Sampler(cpu.sampler_steps, cpu.solver).calls == 32
+
+
+def test_loading_gives_the_same_samples(tmp_path: Path) -> None:
+    from rl_shift import checkpoint
+
+    agent = made(episodes([40, 40], [False, False]), network="unet", width=8)
+    folder = checkpoint.save(tmp_path / "saved", {"agent": agent.state()}, "", {})
+    loaded, _ = checkpoint.load(folder)
+    other = made(network="unet", width=8)
+    other.averaged.net.head.weight.data.fill_(1.0)
+    other.load_state(loaded["agent"])
+    made_twice = []
+    for one in (agent, other):
+        with seeding.forked(4):
+            made_twice.append(one.run(one.generate, 3, True))
+    assert torch.equal(*made_twice)
+    assert torch.equal(agent.codec.std, other.codec.std)
