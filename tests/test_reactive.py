@@ -330,3 +330,6 @@ def test_presets_name_shifts_that_exist() -> None:
         period = 3750
         assert run.lanes * period * 3 == task.env_steps  # three phases
         assert env.single_observation_space.shape == (11, 11, 3)
+    cartpole = config.make(preset="reactive.cartpole").tasks[0]
+    assert cartpole.env is not None
+    assert envs.make(cartpole.env, 1, shift=cartpole.shift).single_action_space.n == 2  # type: ignore[attr-defined]
