@@ -59,7 +59,7 @@ def trained(
     arrays = arrays_of() if arrays is None else arrays
     monkeypatch.setattr(trainer.datasets, "load", lambda info, columns, *a, **k: dict(arrays))
     agent, task = agent_of(**changes), task_of()
-    run = RunConfig("spl", agent.config, (task,), save_every=0)
+    run = RunConfig("spl", agent.config, (task,), save_every=0, data_memory="ram")
     with seeding.forked(2):
         Trainer(agent, [task], run).run()
     return agent
