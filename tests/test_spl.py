@@ -120,7 +120,8 @@ def test_all_rewards_known_is_the_plain_base(monkeypatch: pytest.MonkeyPatch) ->
     base = agent_of(labelled=1.0).base
     task = task_of()
     with seeding.forked(2):
-        Trainer(base, [task], RunConfig("td3_bc", base.config, (task,), save_every=0)).run()
+        run = RunConfig("td3_bc", base.config, (task,), save_every=0, data_memory="ram")
+        Trainer(base, [task], run).run()
     assert_equal(base_of(full), {f"base.{k}": v for k, v in base.state_dict().items()})
 
 
