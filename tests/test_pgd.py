@@ -66,7 +66,8 @@ def toy(
 def test_the_closed_form_is_the_gradient(kind: str) -> None:
     torch.manual_seed(0)
     codec = TrajectoryCodec(OBS, ACTION, 5)
-    codec.mean.normal_(), codec.std.uniform_(0.5, 2.0)
+    codec.mean.normal_()
+    codec.std.uniform_(0.5, 2.0)
     actor = DeterministicActor(OBS, (16,), ACTION)
     std = None if kind == "deterministic" else torch.tensor([0.3, 0.02])
 
@@ -184,7 +185,7 @@ def test_the_schedule_of_strengths() -> None:
 
 @pytest.mark.parametrize(("target", "coefficient"), [(0.25, 0.259), (0.5, 0.149)])
 def test_the_strength_tunes_itself(target: float, coefficient: float) -> None:
-    value = torch.tensor(0.1)
+    value = spread = torch.tensor(0.1)
     for _ in range(10):
         mean, std = toy(ADDITIVE, float(value), 32, windows=40)
         spread = torch.tensor(math.sqrt(std**2 + (mean - 0.6) ** 2))
@@ -356,6 +357,7 @@ def test_batches_have_sixteen_real_rows() -> None:
     buffer = episodes([40, 40], [True, False])
     agent = made(buffer)
     stage(agent, "unguided")
+    report: dict[str, Tensor] = {}
     for _ in range(3):
         report = agent.update(agent.sample(buffer))
     assert set(report) >= {"log_likelihood", "terminated", "saturated", "coefficient"}
