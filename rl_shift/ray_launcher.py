@@ -81,7 +81,7 @@ class RayTune:
                 given |= {"include_dashboard": False, "object_store_memory": 100 * 2**20}
             try:
                 self._ray.init(log_to_driver=False, logging_level="ERROR", **given)
-            except (ConnectionError, OSError, RuntimeError, ValueError) as error:
+            except Exception as error:  # Ray raises bare ones when its processes do not come up
                 reason = " ".join(str(error).split())[:160]
                 raise UserError(
                     f"cannot connect to Ray at {address or 'home'}: {reason}"
