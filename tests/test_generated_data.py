@@ -114,6 +114,7 @@ def test_the_ring_keeps_the_last_rounds() -> None:
     agent = made("mopo", buffer, **SMALL)
     stage(agent, "rollout")
     rounds: list[Tensor] = []
+    kept = torch.zeros(0, OBS)
     for k in range(6):
         rounds.append(torch.cat([agent.sample(buffer)["obs"] for _ in range(2)]))
         kept = agent.synthetic.ring.arrays()["obs"]

@@ -468,3 +468,31 @@ def test_loading_gives_the_same_samples(tmp_path: Path) -> None:
             made_twice.append(one.run(one.generate, 3, True))
     assert torch.equal(*made_twice)
     assert torch.equal(agent.codec.std, other.codec.std)
+
+
+def test_a_resumed_guided_generation_is_bitwise_the_one_that_did_not_stop() -> None:
+    buffer = episodes([40, 40], [True, False])
+    fields: dict[str, Any] = {"spread": 0.3, "refresh_fraction": 0.67}
+
+    def goes_on(agent: Any, legs: list[tuple[str, int]]) -> None:
+        with seeding.forked(7):
+            for name, updates in legs:
+                stage(agent, name)
+                for _ in range(updates):
+                    agent.update(agent.sample(buffer))
+                    agent.advance()
+
+    agent = made(buffer, **fields)
+    goes_on(agent, [("denoiser", 3), ("unguided", 3), ("offline", 4), ("guided", 1)])
+    saved, real = copy.deepcopy(agent.state()), copy.deepcopy(buffer.state())
+    rest = [("guided", 1), ("offline", 3), ("guided", 2), ("denoiser", 1)]
+    goes_on(agent, rest)
+    other = made(**fields)
+    other.load_state(saved)
+    buffer.load_state(real)
+    goes_on(other, rest)
+    first, second = agent.state(), other.state()
+    assert all(torch.equal(v, second["module"][k]) for k, v in first["module"].items())
+    rows = [state["agents"][""]["extra"] for state in (first, second)]
+    assert rows[0]["blocks"] == rows[1]["blocks"] == 7
+    assert torch.equal(rows[0]["ring"]["rows"]["packed"], rows[1]["ring"]["rows"]["packed"])
