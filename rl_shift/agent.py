@@ -17,7 +17,7 @@ import torch
 from gymnasium.spaces import Box, Space
 from torch import Tensor
 
-from rl_shift.errors import UnsupportedSpace
+from rl_shift.errors import UnsupportedSpace, UserError
 from rl_shift.learner import Batch, Gradients, Learner, Loss, Metrics, Transform
 from rl_shift.networks import Critic, Normalizer
 
@@ -166,6 +166,11 @@ class Agent(Learner):
 
     def begin_task(self, task: Task, buffer: Buffer) -> None:
         """Record and build the task; fit the normaliser on the first data if configured."""
+        if task.env_steps and self.columns:
+            raise UserError(
+                f"{type(self).__name__} needs {', '.join(self.columns)} of every transition, which "
+                "only datasets have: leave out --env-steps"
+            )
         if not self.begun and len(buffer) and getattr(self.config, "normalize", False):
             self.normalizer.fit(*buffer.statistics("obs"))
         for name, total in self.schedules.items():

@@ -16,7 +16,7 @@ import time
 from collections import deque
 from collections.abc import Sequence
 from contextlib import suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from types import TracebackType
 from typing import Any
@@ -81,7 +81,7 @@ class RayTune:
                 given |= {"include_dashboard": False, "object_store_memory": 100 * 2**20}
             try:
                 self._ray.init(log_to_driver=False, logging_level="ERROR", **given)
-            except (ConnectionError, OSError, RuntimeError, ValueError) as error:
+            except Exception as error:  # Ray raises bare ones when its processes do not come up
                 reason = " ".join(str(error).split())[:160]
                 raise UserError(
                     f"cannot connect to Ray at {address or 'home'}: {reason}"
@@ -108,7 +108,8 @@ class RayTune:
         for name in (STATE, STOP):
             (job.folder / name).unlink(missing_ok=True)
         self._reports.append(Report(job))
-        self._waiting.put(_Order(job, self.command, self.retries))
+        there = replace(job, folder=job.folder.resolve())  # trials run in folders of their own
+        self._waiting.put(_Order(there, self.command, self.retries, os.getcwd()))
 
     def reports(self) -> list[Report]:
         """Every job as it is now; starts Ray Tune when there is the first one."""
@@ -166,6 +167,8 @@ class RayTune:
                     search_alg=_searcher(self._waiting),
                     num_samples=-1,
                     max_concurrent_trials=self.processes,
+                    trial_name_creator=_name,
+                    trial_dirname_creator=_name,
                 ),
                 run_config=tune.RunConfig(
                     storage_path=str(place),
@@ -184,6 +187,7 @@ class _Order:
     job: Job
     command: list[str]
     retries: int
+    place: str  # where relative paths of the run, to its data for instance, begin
 
 
 class _Queue:
@@ -220,15 +224,18 @@ def _searcher(waiting: _Queue) -> Any:
     class Suggested(Searcher):  # type: ignore[misc]
         def __init__(self) -> None:
             super().__init__(metric="code", mode="min")
+            self.folders: dict[str, Path] = {}
 
         def suggest(self, trial_id: str) -> Any:
             order = waiting.get()
             if order is not None:
+                self.folders[trial_id] = order.job.folder
                 return {"order": order}
             return Searcher.FINISHED if waiting.closed else None
 
         def on_trial_complete(self, trial_id: str, result: Any = None, error: bool = False) -> None:
-            pass
+            if error and trial_id in self.folders:
+                _tell(self.folders[trial_id], "failed", "its trial failed in Ray, retries included")
 
         def save(self, checkpoint_path: str) -> None:
             Path(checkpoint_path).write_text("{}", encoding="utf-8")
@@ -237,6 +244,11 @@ def _searcher(waiting: _Queue) -> Any:
             pass
 
     return Suggested()
+
+
+def _name(trial: Any) -> str:
+    """Of a trial and its folder; the default would spell out the whole job."""
+    return f"job_{trial.trial_id}"
 
 
 # ---- in the trial ------------------------------------------------------------------------------
@@ -263,6 +275,7 @@ def _work(settings: dict[str, Any]) -> dict[str, int]:
             stderr=subprocess.STDOUT,
             env=environment(job.run.threads),
             start_new_session=True,
+            cwd=order.place,
         )
         code = _ended(process, job.folder)
     facts: dict[str, Any] = {"began": began, "seconds": time.time() - began, "code": code}

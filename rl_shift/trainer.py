@@ -398,7 +398,7 @@ class Trainer:
         """Continue where `state` was taken, once `run` is called."""
         self.clock = Clock(**state["clock"])
         self.evaluations = list(state["evaluations"])
-        self._lives = list(state["lives"])
+        self._lives = list(state.get("lives", ()))
         scores = [e["score"] for e in self.evaluations if e["score"] is not None]
         self.score = float(np.mean(scores[-1])) if scores else None
         self.seconds = state["seconds"]

@@ -19,7 +19,13 @@ if TYPE_CHECKING:
 
 Batch = dict[str, Tensor]
 EDGE = 0.999  # actions are clipped to this before atanh
-KEYS = ("obs", "action", "reward", "next_obs", "terminated")  # of a transition, in this order
+KEYS: tuple[str, ...] = (
+    "obs",
+    "action",
+    "reward",
+    "next_obs",
+    "terminated",
+)  # of a transition, in this order
 INSIDE = 1 - 1e-6  # ... and decoded ones to this: tanh reaches 1 in float32
 
 
@@ -165,9 +171,9 @@ class TransitionCodec(nn.Module):
     def fit(self, buffer: Buffer) -> None:
         """Take mean and std over all rows; 1e-5 is added to the std."""
         std, mean = torch.std_mean(self._rows(buffer.arrays()).double(), 0, correction=0)
-        mean[-1], std[-1] = 0.0, 1.0
         self.mean.copy_(mean)
         self.std.copy_(std + 1e-5)
+        self.mean[-1], self.std[-1] = 0.0, 1.0
 
     def encode(self, batch: Batch) -> Tensor:
         """Transitions (B, ...) -> (B, d)."""
@@ -175,7 +181,9 @@ class TransitionCodec(nn.Module):
 
     def decode(self, x: Tensor) -> Batch:
         """(B, d) -> transitions, with actions clipped to the box."""
-        parts = dict(zip(KEYS, torch.split(x * self.std + self.mean, self.sizes, -1), strict=True))
+        parts: Batch = dict(
+            zip(KEYS, torch.split(x * self.std + self.mean, self.sizes, -1), strict=True)
+        )
         parts["action"] = parts["action"].clamp(-1, 1)
         parts["reward"] = parts["reward"].squeeze(-1)
         parts["terminated"] = parts["terminated"].squeeze(-1) > 0.5

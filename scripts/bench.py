@@ -18,7 +18,7 @@ import sys
 from pathlib import Path
 from typing import Any
 
-SECTIONS = ("updates", "sampling", "loading", "evaluation", "seeds", "memory")
+SECTIONS = ("updates", "sampling", "loading", "evaluation", "seeds", "memory", "online")
 AGENTS = ("td3_bc", "iql")
 
 
@@ -56,6 +56,7 @@ def run(args: argparse.Namespace) -> list[Any]:
     """Run the chosen sections in turn, printing each table as soon as it is there."""
     import torch
     from bench_data import evaluation_section, loading_section, memory_section, sampling_section
+    from bench_online import online_section
     from bench_updates import default_levels, make_arrays, seeds_section, updates_section
 
     from rl_shift.benchmark import environment, load_average, table, write_json
@@ -94,6 +95,7 @@ def run(args: argparse.Namespace) -> list[Any]:
             rounds=args.rounds,
             progress=say,
         ),
+        "online": lambda name: online_section(modes=modes, **timing),
         "memory": lambda name: memory_section(name, rows=args.rows, modes=modes, progress=say),
     }
     rows = []

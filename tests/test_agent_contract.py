@@ -42,7 +42,7 @@ SMALL: dict[str, Any] = {"hidden": (8,), "batch_size": 8, "warmup_steps": 4, "bu
 SMALL |= {"features": 8, "rollout": 16, "epochs": 1, "latent": 8, "model_epochs": 1}
 SMALL |= {"dynamics_hidden": (8,), "dynamics_members": 2}
 SMALL |= {"window": 8, "windows": 14, "width": 8, "depth": 1, "sampler_steps": 3}
-SMALL |= {"denoiser_batch": 4, "network": "mlp", "samples": 21}
+SMALL |= {"denoiser_batch": 4, "network": "mlp", "samples": 21, "refresh_updates": 100}
 SMALL |= {"model_hidden": (8,), "model_batch": 4, "starts": 14, "horizon": 2}  # of models
 BUDGET = 7
 

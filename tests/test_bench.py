@@ -193,3 +193,16 @@ def test_tables_and_files(tmp_path: Path) -> None:
     write_json(tmp_path / "new" / "rows.json", rows, {"cpu": "x"})
     assert json.loads((tmp_path / "new" / "rows.json").read_text())["rows"][0]["peak"] == 1.25
     assert [path.name for path in (tmp_path / "new").iterdir()] == ["rows.json"]
+
+
+def test_online_equals_its_reference_and_iterates(
+    script: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    online = script("bench_online")
+    assert online.check() < 1e-6
+    agent, iteration = online.ours(4, rollout=32, batch_size=16, epochs=1)
+    iteration()
+    assert agent.updates == 1
+    plain = online.PlainPPO(online.envs.make_env(online.ENV))
+    monkeypatch.setattr(online, "ROLLOUT", 64)
+    plain.iteration()

@@ -168,6 +168,7 @@ def test_acting_draws_nothing_and_preparing_leaves_the_base_alone() -> None:
             state = torch.default_generator.get_state()
             wrapper.check(stage, done + 1, data)
             assert torch.equal(state, torch.default_generator.get_state())
+    state = torch.default_generator.get_state()
     wrapper.run(wrapper.act, observations(), False)
     assert torch.equal(state, torch.default_generator.get_state())
     assert base.updates == 0 and before.keys() == base.tensors().keys()

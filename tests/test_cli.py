@@ -157,7 +157,7 @@ def test_thread_counts_reach_torch_and_blas() -> None:
         (["evaluate", "nowhere", "--episdes", "1"], "did you mean '--episodes'?"),
         (["list"], "agents, envs, datasets, presets"),
         (["list", "agent"], "did you mean 'agents'?"),
-        (["data"], "list, info, verify, download, collect"),
+        (["data"], "list, info, verify, report, convert, download, collect"),
         (["data", "lst"], "did you mean 'list'?"),
         (["data", "info"], "takes ID|PATH, not nothing"),
         (["data", "info", "hoper-medium-v2"], "hopper-medium-v2"),

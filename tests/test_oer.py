@@ -1,6 +1,8 @@
 """OER and ER: what replay, heads, normalisers and selection must and must not touch."""
 
 import copy
+import json
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -337,3 +339,60 @@ def test_a_later_task_that_no_head_can_serve_is_refused_before_training() -> Non
     discrete = Task(**{**vars(task_of("clicks")), "action_space": Discrete(3)})
     with pytest.raises(UnsupportedSpace, match="clicks"):
         runs.make_agent(run, [task_of("one"), discrete])
+
+
+def test_the_settings_of_the_documents_are_settings(tmp_path: Path) -> None:
+    sequence = tmp_path / "sequence.yaml"
+    sequence.write_text(
+        "agent: {memory: 1000, selector: mbes}\n"
+        "tasks:\n"
+        "- {dataset: deep-ope-hopper-medium-500k, updates: 100000}\n"
+        "- {dataset: my_walker.hdf5, env: Walker2d-v4, updates: 100000}\n"
+    )
+    for agent in ("oer", "er"):
+        run = config.make(agent, files=[sequence])
+        assert [task.env for task in run.tasks] == [None, "Walker2d-v4"]
+    for change in (
+        {"agent.coefficient": 0.0},
+        {"agent.selector": "random"},
+        {"agent.retention": "ewc", "agent.coefficient": 5000.0},
+        {"agent.learners": ["a#0", "b#0", "c#0"]},
+    ):
+        assert config.make(preset="oer.triplet", overrides=change).agent_name == "oer"
+
+
+def test_finished_runs_are_cloned_one_per_task(in_empty_folder: Path) -> None:
+    """From the data to evaluations: the learners are not trained, the clone comes near them."""
+    data = "rl_shift/hopper-replay-v0"
+    quick = {"seed": 0, "eval_every": 0, "eval_episodes": 1, "save_every": 0, "log_every": 10}
+    small = {"agent.hidden": [16, 16], "tasks.0.dataset": data}
+    for name in ("first", "second"):
+        run = config.make(
+            "td3_bc",
+            overrides={**quick, **small, "tasks.0.updates": 4, "run_dir": name},
+        )
+        runs.train(run, progress=False)
+    settings = {f"agent.{key}": value for key, value in SMALL.items() if key != "hidden"}
+    overrides = {
+        **quick, **small, **settings, "agent.learners": ["first", "second"],
+        "agent.learning_rate": 3e-3, "run_dir": "clone",
+        "tasks.0.updates": 80, "tasks.0.name": "one",
+        "tasks.1.dataset": data, "tasks.1.updates": 80, "tasks.1.name": "two",
+    }  # fmt: skip
+    folder = runs.train(config.make("oer", overrides=overrides), progress=False)
+    results = json.loads((folder / "results.json").read_text())
+    matrix = {(e["during"], e["task"]) for e in results["evaluations"]}
+    assert matrix == {(0, 0), (1, 0), (1, 1)}
+    assert results["resources"]["memory_rows"] == 40
+    agent, _, tasks = runs.load_agent(folder)
+    teacher, _, _ = runs.load_agent("second")
+    obs = torch.randn(50, 11)
+    agent.focus(tasks[1])
+    before = float(teacher.run(teacher.act, obs, False).square().mean())
+    error = agent.run(agent.act, obs, False) - teacher.run(teacher.act, obs, False)
+    assert float(error.square().mean()) < 0.5 * before
+    state = teacher.state_dict()
+    assert all(torch.equal(v, state[k]) for k, v in agent.learner.state_dict().items())
+    with pytest.raises(UserError, match="names 1 runs for 2 tasks"):
+        one = {**overrides, "agent.learners": ["first"], "run_dir": "other"}
+        runs.train(config.make("oer", overrides=one), progress=False)

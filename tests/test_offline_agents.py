@@ -10,7 +10,10 @@ from gymnasium.spaces import Box
 from torch import Tensor
 
 from rl_shift import agents, networks
+from rl_shift.buffer import Buffer
 from rl_shift.compile import Updater
+from rl_shift.config import Task
+from rl_shift.errors import UserError
 
 OBS, ACTION = Box(-np.inf, np.inf, (2,), np.float32), Box(-1.0, 1.0, (2,), np.float32)
 ROWS = 5
@@ -386,3 +389,10 @@ def test_sac_n_adds_to_the_slope_inside_the_logarithm() -> None:
     _, log_prob = agent.actor.sample(torch.zeros(1, 2))
     noise = -0.5 * math.log(2 * math.pi) + 5.0 - math.log(1e-6)
     assert log_prob.item() < 2 * noise + 1e-3  # bounded, where the exact density grows with u
+
+
+def test_what_only_datasets_have_is_refused_online() -> None:
+    buffer = Buffer.from_arrays(batch_of() | {"task": torch.zeros(ROWS, dtype=torch.int64)})
+    with pytest.raises(UserError, match="ReBRAC needs next_action.*leave out --env-steps"):
+        agent_of("rebrac").begin_task(Task(name="t", env="E-v0", env_steps=5), buffer)
+    agent_of("cql").begin_task(Task(name="t", env="E-v0", env_steps=5), buffer)

@@ -66,7 +66,8 @@ def toy(
 def test_the_closed_form_is_the_gradient(kind: str) -> None:
     torch.manual_seed(0)
     codec = TrajectoryCodec(OBS, ACTION, 5)
-    codec.mean.normal_(), codec.std.uniform_(0.5, 2.0)
+    codec.mean.normal_()
+    codec.std.uniform_(0.5, 2.0)
     actor = DeterministicActor(OBS, (16,), ACTION)
     std = None if kind == "deterministic" else torch.tensor([0.3, 0.02])
 
@@ -184,7 +185,7 @@ def test_the_schedule_of_strengths() -> None:
 
 @pytest.mark.parametrize(("target", "coefficient"), [(0.25, 0.259), (0.5, 0.149)])
 def test_the_strength_tunes_itself(target: float, coefficient: float) -> None:
-    value = torch.tensor(0.1)
+    value = spread = torch.tensor(0.1)
     for _ in range(10):
         mean, std = toy(ADDITIVE, float(value), 32, windows=40)
         spread = torch.tensor(math.sqrt(std**2 + (mean - 0.6) ** 2))
@@ -356,6 +357,7 @@ def test_batches_have_sixteen_real_rows() -> None:
     buffer = episodes([40, 40], [True, False])
     agent = made(buffer)
     stage(agent, "unguided")
+    report: dict[str, Tensor] = {}
     for _ in range(3):
         report = agent.update(agent.sample(buffer))
     assert set(report) >= {"log_likelihood", "terminated", "saturated", "coefficient"}
@@ -466,3 +468,31 @@ def test_loading_gives_the_same_samples(tmp_path: Path) -> None:
             made_twice.append(one.run(one.generate, 3, True))
     assert torch.equal(*made_twice)
     assert torch.equal(agent.codec.std, other.codec.std)
+
+
+def test_a_resumed_guided_generation_is_bitwise_the_one_that_did_not_stop() -> None:
+    buffer = episodes([40, 40], [True, False])
+    fields: dict[str, Any] = {"spread": 0.3, "refresh_fraction": 0.67}
+
+    def goes_on(agent: Any, legs: list[tuple[str, int]]) -> None:
+        with seeding.forked(7):
+            for name, updates in legs:
+                stage(agent, name)
+                for _ in range(updates):
+                    agent.update(agent.sample(buffer))
+                    agent.advance()
+
+    agent = made(buffer, **fields)
+    goes_on(agent, [("denoiser", 3), ("unguided", 3), ("offline", 4), ("guided", 1)])
+    saved, real = copy.deepcopy(agent.state()), copy.deepcopy(buffer.state())
+    rest = [("guided", 1), ("offline", 3), ("guided", 2), ("denoiser", 1)]
+    goes_on(agent, rest)
+    other = made(**fields)
+    other.load_state(saved)
+    buffer.load_state(real)
+    goes_on(other, rest)
+    first, second = agent.state(), other.state()
+    assert all(torch.equal(v, second["module"][k]) for k, v in first["module"].items())
+    rows = [state["agents"][""]["extra"] for state in (first, second)]
+    assert rows[0]["blocks"] == rows[1]["blocks"] == 7
+    assert torch.equal(rows[0]["ring"]["rows"]["packed"], rows[1]["ring"]["rows"]["packed"])

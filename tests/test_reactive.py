@@ -328,5 +328,9 @@ def test_presets_name_shifts_that_exist() -> None:
         assert task.env is not None
         env = envs.make(task.env, 1, shift=task.shift)
         period = 3750
-        assert run.lanes * period * 3 == task.env_steps  # three phases
+        # three phases, without a rollout that reaches into a fourth
+        assert 0 <= run.lanes * period * 3 - task.env_steps < 2048
         assert env.single_observation_space.shape == (11, 11, 3)
+    cartpole = config.make(preset="reactive.cartpole").tasks[0]
+    assert cartpole.env is not None
+    assert envs.make(cartpole.env, 1, shift=cartpole.shift).single_action_space.n == 2  # type: ignore[attr-defined]

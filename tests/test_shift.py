@@ -287,7 +287,7 @@ def test_an_endless_life_has_no_terminal_transition() -> None:
     bare = make_env(CARTPOLE)
     env.reset(seed=0)
     bare.reset(seed=0)
-    ended = 0
+    ended, info = 0, {}
     for _ in range(60):
         obs, _, terminated, truncated, info = env.step(1)
         assert not terminated and info["hidden_reset"] == truncated

@@ -59,7 +59,7 @@ def trained(
     arrays = arrays_of() if arrays is None else arrays
     monkeypatch.setattr(trainer.datasets, "load", lambda info, columns, *a, **k: dict(arrays))
     agent, task = agent_of(**changes), task_of()
-    run = RunConfig("spl", agent.config, (task,), save_every=0)
+    run = RunConfig("spl", agent.config, (task,), save_every=0, data_memory="ram")
     with seeding.forked(2):
         Trainer(agent, [task], run).run()
     return agent
@@ -120,7 +120,8 @@ def test_all_rewards_known_is_the_plain_base(monkeypatch: pytest.MonkeyPatch) ->
     base = agent_of(labelled=1.0).base
     task = task_of()
     with seeding.forked(2):
-        Trainer(base, [task], RunConfig("td3_bc", base.config, (task,), save_every=0)).run()
+        run = RunConfig("td3_bc", base.config, (task,), save_every=0, data_memory="ram")
+        Trainer(base, [task], run).run()
     assert_equal(base_of(full), {f"base.{k}": v for k, v in base.state_dict().items()})
 
 
