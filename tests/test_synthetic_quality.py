@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 import torch
 
-from rl_shift import cli, envs, synthetic_quality
+from rl_shift import cli, envs, runs, synthetic_quality
 from rl_shift.agent import Policy
 from rl_shift.dynamics import GaussianEnsemble
 from rl_shift.envs import termination
@@ -24,15 +24,24 @@ TINY = ["--updates", "2", "--eval-episodes", "1", "--eval_every", "0", "--log_ev
 def found(tmp_path_factory: pytest.TempPathFactory) -> list[str]:
     """A trajectory denoiser and an ensemble on the bundled hopper data, learnt for a moment."""
     folder = tmp_path_factory.mktemp("quality")
-    runs = [str(folder / "pgd"), str(folder / "mopo")]
+    folders = [str(folder / "pgd"), str(folder / "mopo")]
     argv = ["--preset", "pgd.td3_bc", "--agent.width", "64", "--agent.depth", "2",
             "--agent.denoiser_updates", "150", "--agent.average", "0.05",
             "--agent.windows", "64"]  # fmt: skip
-    assert cli.main(["train", *argv, "--dataset", DATA, *TINY, "--run-dir", runs[0]]) == 0
+    assert cli.main(["train", *argv, "--dataset", DATA, *TINY, "--run-dir", folders[0]]) == 0
     argv = ["mopo", "--agent.base", "td3_bc", "--agent.model_hidden", "[32, 32]",
             "--agent.dynamics_updates", "150", "--agent.starts", "50"]  # fmt: skip
-    assert cli.main(["train", *argv, "--dataset", DATA, *TINY, "--run-dir", runs[1]]) == 0
-    return runs
+    assert cli.main(["train", *argv, "--dataset", DATA, *TINY, "--run-dir", folders[1]]) == 0
+    return folders
+
+
+def test_a_denoiser_is_trained_once_per_dataset(found: list[str], tmp_path: Path) -> None:
+    argv = ["train", "--preset", "pgd.td3_bc", "--agent.width", "64", "--agent.depth", "2"]
+    argv += ["--agent.windows", "64", "--agent.denoiser", found[0], "--dataset", DATA, *TINY]
+    assert cli.main([*argv, "--run-dir", str(tmp_path / "second"), "--seed", "1"]) == 0
+    first, second = (runs.load_agent(spec)[0] for spec in (found[0], tmp_path / "second"))
+    theirs, mine = (agent.get_submodule("averaged").state_dict() for agent in (first, second))
+    assert all(torch.equal(value, mine[key]) for key, value in theirs.items())
 
 
 @pytest.mark.parametrize("env_id", ["Hopper-v5", "Walker2d-v5", "HalfCheetah-v5"])
