@@ -529,15 +529,16 @@ class Scale(Kind):
 
     def bind(self, env: Env, where: str) -> None:
         """Keep the nominal values: scaling never accumulates."""
-        self.model = getattr(env.unwrapped, "model", None)
+        self.model: Any = None
         if not _is_mujoco(env):
-            self.model, self.plain = None, Parameters(where, {self.quantity: 1.0})
+            self.plain = Parameters(where, {self.quantity: 1.0})
             self.plain.bind(env, where)
             self.plain.sets = {
                 name: (base, base * self.scale) for name, (base, _) in self.plain.sets.items()
             }
             return
-        model, q = self.model, self.quantity
+        model: Any = _mujoco(env, where)
+        self.model, q = model, self.quantity
         if q == "gravity":
             self._arrays, names = [model.opt.gravity], []
         elif q == "mass":
