@@ -277,7 +277,9 @@ def test_reactions_follow_a_detection() -> None:
 def life(base: str, env_id: str, steps: int, state: Any = None, **changes: Any) -> Any:
     env = envs.make_env(env_id)
     spaces = {"observation_space": env.observation_space, "action_space": env.action_space}
-    task = config.Task("life", env_id, env_steps=steps, shift="reward_flip:period=20", **spaces)
+    task = config.Task(
+        "life", env_id, env_steps=steps, shift="reward_flip:part=all,period=20", **spaces
+    )
     agent = agent_of(base, tuple(spaces.values()), **changes)
     run = config.RunConfig(
         "reactive", agent.config, (task,), lanes=2, eval_episodes=1, eval_every=0, save_every=64,
