@@ -16,6 +16,7 @@ from rl_shift.lifelong_metrics import (
     phase_means,
     recoveries,
 )
+from rl_shift.report_lifelong import random_reward, shifts_of
 
 STEPS = 100  # env steps per point
 
@@ -118,3 +119,26 @@ def test_the_report_has_a_chapter_about_lives(
     assert row.rstrip("| ").endswith("of 2")
     assert "Pendulum-v1, obs_bias:value=1,period=3000" in text
     assert list((tmp_path / "report").rglob("life-1.png"))
+    details = text[text.index(": every life") :]
+    assert "| sac | 0 | " in details and "| phase 0 | phase 1 | phase 2 |" in details
+
+
+def test_shifts_without_a_jump_have_no_drop() -> None:
+    reward, regime = a_life(1.0, 0.2, 50, 1.0)
+    life = {"reward": reward, "regime": regime, "steps": STEPS}
+    for gradual in ("type=triangle,period=9", "start=1,end=9", "sigma=0.1"):
+        assert shifts_of(life, "Pendulum-v1", json.dumps(f"obs_bias:value=1,{gradual}")) == []
+    assert len(shifts_of(life, "Pendulum-v1", json.dumps("obs_bias:value=1,start=20000"))) == 1
+
+
+def test_phases_that_earn_nothing_are_measured_from_a_random_policy() -> None:
+    flip = json.dumps("reward_scale:scale=2,period=20000")
+    plain = random_reward("Pendulum-v1", flip, 0)
+    assert -9 < plain < -4 and random_reward("Pendulum-v1", flip, 1) == pytest.approx(2 * plain)
+    reward, regime = a_life(-1.0, -9.0, 50, -3.0)
+    life = {"reward": reward, "regime": regime, "steps": STEPS}
+    [found] = shifts_of(life, "Pendulum-v1", flip)
+    # the mark is 0.9 * -1 + 0.1 * (about -12), which -3 does not reach and -2 does
+    assert found.rule == "reference" and found.censored
+    life["reward"] = a_life(-1.0, -9.0, 50, -2.0)[0]
+    assert not shifts_of(life, "Pendulum-v1", flip)[0].censored
