@@ -18,7 +18,7 @@ from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from types import FrameType, TracebackType
-from typing import IO, Literal, Protocol
+from typing import IO, Literal, Self
 
 from rl_shift import checkpoint, config
 from rl_shift.config import RunConfig
@@ -83,21 +83,49 @@ class Report:
         return self.state in ENDED
 
 
-class Launcher(Protocol):
-    """What a backend does."""
+class Launcher:
+    """What every backend does; used as a context manager, so that nothing outlives it."""
+
+    def __init__(self) -> None:
+        self._reports: list[Report] = []
+
+    def __enter__(self) -> Self:
+        """Nothing starts yet."""
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
+        """Stop what still runs."""
+        self.close()
 
     def submit(self, job: Job) -> None:
-        """Take a job; it starts as soon as there is room."""
+        """Take a job; it starts as soon as there is room.
+
+        Raises:
+            ValueError: a job of that name was submitted before.
+        """
+        if any(report.job.name == job.name for report in self._reports):
+            raise ValueError(f"two jobs are called {job.name}")
+        self._reports.append(Report(job))
 
     def reports(self) -> list[Report]:
         """Every job, in the order of submission; also starts what there is room for."""
-        ...
+        raise NotImplementedError
 
     def cancel(self, at_once: bool = False) -> None:
         """Stop everything; running jobs save a checkpoint first, unless `at_once`."""
+        raise NotImplementedError
+
+    def close(self) -> None:
+        """Stop what still runs, by force if need be."""
+        raise NotImplementedError
 
 
-class Local:
+class Local(Launcher):
     """Child processes on this machine, each with its own thread counts.
 
     The children lead process groups of their own, so that Ctrl-C reaches them once, through
@@ -111,29 +139,10 @@ class Local:
 
     def __init__(self, processes: int | None = None, command: Sequence[str] = COMMAND) -> None:
         """Nothing starts before `reports`."""
+        super().__init__()
         self.processes, self.command = processes, list(command)
-        self._reports: list[Report] = []
         self._children: dict[str, _Child] = {}
         self._cancelled = False
-
-    def __enter__(self) -> Local:
-        """Use as a context manager: no child outlives it."""
-        return self
-
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        trace: TracebackType | None,
-    ) -> None:
-        """Stop what still runs."""
-        self.close()
-
-    def submit(self, job: Job) -> None:
-        """Take a job."""
-        if any(report.job.name == job.name for report in self._reports):
-            raise ValueError(f"two jobs are called {job.name}")
-        self._reports.append(Report(job))
 
     def reports(self) -> list[Report]:
         """Every job as it is now."""

@@ -18,7 +18,6 @@ from collections.abc import Sequence
 from contextlib import suppress
 from dataclasses import dataclass, replace
 from pathlib import Path
-from types import TracebackType
 from typing import Any
 
 from rl_shift import config
@@ -29,6 +28,7 @@ from rl_shift.launcher import (
     LOG,
     POLL_S,
     Job,
+    Launcher,
     Report,
     environment,
     has_checkpoint,
@@ -48,8 +48,8 @@ def _tune() -> Any:
     return ray, tune
 
 
-class RayTune:
-    """Jobs as trials of Ray Tune; the interface of `rl_shift.launcher.Launcher`.
+class RayTune(Launcher):
+    """Jobs as trials of Ray Tune.
 
     Args:
         processes: trials at a time; default: as many as the machines have room for.
@@ -66,9 +66,9 @@ class RayTune:
         command: Sequence[str] = COMMAND,
     ) -> None:
         """Connects at once, so that a wrong address is an error before anything is prepared."""
+        super().__init__()
         self.processes, self.retries, self.command = processes, retries, list(command)
         self._ray, self._tune = _tune()
-        self._reports: list[Report] = []
         self._waiting = _Queue()
         self._thread: threading.Thread | None = None
         self._error = ""
@@ -87,27 +87,12 @@ class RayTune:
                     f"cannot connect to Ray at {address or 'home'}: {reason}"
                 ) from error
 
-    def __enter__(self) -> RayTune:
-        """Use as a context manager: no trial outlives it."""
-        return self
-
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        trace: TracebackType | None,
-    ) -> None:
-        """Stop what still runs, and Ray if it was started here."""
-        self.close()
-
     def submit(self, job: Job) -> None:
         """Take a job."""
-        if any(report.job.name == job.name for report in self._reports):
-            raise ValueError(f"two jobs are called {job.name}")
+        super().submit(job)
         job.folder.mkdir(parents=True, exist_ok=True)
         for name in (STATE, STOP):
             (job.folder / name).unlink(missing_ok=True)
-        self._reports.append(Report(job))
         there = replace(job, folder=job.folder.resolve())  # trials run in folders of their own
         self._waiting.put(_Order(there, self.command, self.retries, os.getcwd()))
 
