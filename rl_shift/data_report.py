@@ -6,9 +6,10 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from rl_shift import plotting
 from rl_shift.data_quality import Quality, Settings, qualities
 from rl_shift.errors import UserError
-from rl_shift.report_document import DPI, Block, Heading, Paragraph, Picture, Table, markdown
+from rl_shift.report_document import Block, Heading, Paragraph, Picture, Table, markdown
 
 if TYPE_CHECKING:
     from rl_shift.data_commands import ReportSettings
@@ -77,10 +78,8 @@ def _table(found: Sequence[Quality], settings: Settings) -> Table:
 def picture(found: Sequence[Quality], path: Path) -> None:
     """One row per dataset: returns, lengths, and the map of its states."""
     import numpy as np
-    from matplotlib.backends.backend_agg import FigureCanvasAgg
-    from matplotlib.figure import Figure
 
-    figure = Figure(figsize=(9.5, 2.1 * len(found) + 0.5), dpi=DPI, layout="constrained")
+    figure = plotting.figure(9.5, 2.1 * len(found) + 0.5)
     grid: Any = figure.subplots(len(found), 3, squeeze=False)
     every = np.concatenate([one.returns for one in found])
     longest = max(int(one.lengths.max()) for one in found)
@@ -100,8 +99,4 @@ def picture(found: Sequence[Quality], path: Path) -> None:
                 axes.spines[side].set_visible(False)
     for axes, text in zip(grid[-1], ("return", "length", "states: first two axes"), strict=True):
         axes.set_xlabel(text, fontsize=8)
-    partial = path.with_name(f".{path.name}.partial")
-    canvas: Any = FigureCanvasAgg(figure)
-    with partial.open("wb") as file:
-        canvas.print_png(file)
-    partial.replace(path)
+    plotting.save(figure, path)

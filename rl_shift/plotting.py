@@ -1,4 +1,4 @@
-"""The learning curve of a run folder as a picture; needs matplotlib (extra `report`)."""
+"""Pictures as PNG files, and the learning curve of a run; needs matplotlib (extra `report`)."""
 
 from __future__ import annotations
 
@@ -7,6 +7,32 @@ from pathlib import Path
 from typing import Any
 
 from rl_shift.errors import UserError
+
+DPI = 130  # of a report's pictures; a page shows them at 96 per inch
+
+
+def figure(width: float, height: float, dpi: float = DPI) -> Any:
+    """An empty figure without a window, in inches.
+
+    Raises:
+        UserError: matplotlib is not installed.
+    """
+    try:
+        from matplotlib.figure import Figure
+    except ImportError as error:
+        raise UserError('a picture needs matplotlib: pip install "rl_shift[report]"') from error
+    return Figure(figsize=(width, height), dpi=dpi, layout="constrained")
+
+
+def save(figure: Any, path: Path) -> None:
+    """Write a figure as PNG in one step."""
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+
+    partial = path.with_name(f".{path.name}.partial")
+    canvas: Any = FigureCanvasAgg(figure)
+    with partial.open("wb") as file:
+        canvas.print_png(file)
+    partial.replace(path)
 
 
 def learning_curve(run_dir: Path, data_return: float | None = None) -> Path:
@@ -19,14 +45,9 @@ def learning_curve(run_dir: Path, data_return: float | None = None) -> Path:
     Returns:
         The picture's path, `learning_curve.png` in the run folder.
     """
-    try:
-        from matplotlib.backends.backend_agg import FigureCanvasAgg
-        from matplotlib.figure import Figure
-    except ImportError as error:
-        raise UserError('a picture needs matplotlib: pip install "rl_shift[report]"') from error
+    picture = figure(6, 4, dpi=100)
     results = json.loads((run_dir / "results.json").read_text(encoding="utf-8"))
-    figure = Figure(figsize=(6, 4), layout="constrained")
-    axes: Any = figure.add_subplot()
+    axes: Any = picture.add_subplot()
     unit = "env_steps" if any(e["env_steps"] for e in results["evaluations"]) else "updates"
     for number, task in enumerate(results["tasks"]):
         rows = [e for e in results["evaluations"] if e["task"] == number]
@@ -41,6 +62,5 @@ def learning_curve(run_dir: Path, data_return: float | None = None) -> Path:
     axes.set_ylabel("return of an episode")
     axes.legend()
     path = run_dir / "learning_curve.png"
-    canvas: Any = FigureCanvasAgg(figure)
-    canvas.print_png(path)
+    save(picture, path)
     return path

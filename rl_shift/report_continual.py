@@ -10,6 +10,7 @@ from typing import Any
 import numpy as np
 
 from rl_shift import continual_metrics as metrics
+from rl_shift import plotting
 from rl_shift import report_pictures as draw
 from rl_shift.loggers import clock_text
 from rl_shift.metrics import Floats, mean_interval
@@ -103,7 +104,7 @@ def task_matrices(same: Sequence[Chain], path: Path) -> None:
     size = len(names)
     columns = min(draw.COLUMNS, len(same))
     lines = -(-len(same) // columns)
-    figure = draw._figure((1.0 + 0.75 * size) * columns + 1.2, (0.9 + 0.6 * size) * lines + 0.4)
+    figure = plotting.figure((1.0 + 0.75 * size) * columns + 1.2, (0.9 + 0.6 * size) * lines + 0.4)
     grid: Any = figure.subplots(lines, columns, squeeze=False)
     for axes in grid.flat:
         axes.set_axis_off()
@@ -120,16 +121,16 @@ def task_matrices(same: Sequence[Chain], path: Path) -> None:
         axes.set_yticks(range(size), [f"after {name}" for name in short], fontsize=8)
         axes.set_title(chain.label, fontsize=10)
         figure.colorbar(image, ax=axes, fraction=0.046)
-    draw._saved(figure, path)
+    plotting.save(figure, path)
 
 
 def task_curves(same: Sequence[Chain], path: Path) -> None:
     """One panel per task over all updates of the sequence; dotted lines where a task ends."""
     legs = same[0].runs[0].legs
-    colours = draw._colours([chain.label for chain in same])
+    colours = draw.colours_of([chain.label for chain in same])
     columns = min(draw.COLUMNS, len(legs))
     lines = -(-len(legs) // columns)
-    figure = draw._figure(max(4.2 * columns, 5.5), 3.0 * lines + 0.6)
+    figure = plotting.figure(max(4.2 * columns, 5.5), 3.0 * lines + 0.6)
     grid: Any = figure.subplots(lines, columns, squeeze=False)
     for axes in grid.flat[len(legs) :]:
         axes.set_axis_off()
@@ -154,9 +155,9 @@ def task_curves(same: Sequence[Chain], path: Path) -> None:
         axes.set_title(leg.name, fontsize=10)
         axes.set_xlim(0, ends[-1] * 1.02)
         unit = "score" if all(chain.normalised for chain in same) else "return"
-        draw._plain_axes(axes, "environment steps" if leg.env_steps else "updates", unit)
+        draw.plain_axes(axes, "environment steps" if leg.env_steps else "updates", unit)
     figure.legend(drawn.values(), drawn.keys(), loc="outside upper center", ncols=4, frameon=False)
-    draw._saved(figure, path)
+    plotting.save(figure, path)
 
 
 def _short(names: Sequence[str]) -> list[str]:

@@ -12,6 +12,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+from rl_shift.plotting import DPI
+
 
 @dataclass(frozen=True)
 class Heading:
@@ -66,7 +68,6 @@ class Picture:
     text: str
 
 
-DPI = 130  # of pictures; a page shows them at 96 per inch
 Block = Heading | Paragraph | Listing | Table | Picture
 
 STYLE = """

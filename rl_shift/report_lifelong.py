@@ -10,7 +10,7 @@ from typing import Any
 
 import numpy as np
 
-from rl_shift import seeding
+from rl_shift import plotting, seeding
 from rl_shift.life import phases
 from rl_shift.lifelong_metrics import (
     Recovery,
@@ -23,6 +23,7 @@ from rl_shift.lifelong_metrics import (
 from rl_shift.loggers import read_metrics
 from rl_shift.metrics import Interval
 from rl_shift.report_document import Block, Heading, Paragraph, Picture, Table
+from rl_shift.report_pictures import colours_of
 from rl_shift.report_runs import Gathered, Run
 from rl_shift.report_sections import labels
 
@@ -212,17 +213,15 @@ def signals(run: Run) -> dict[str, tuple[list[int], list[float]]]:
 
 def draw(agents: dict[str, list[tuple[Run, Life]]], title: str, path: Path) -> None:
     """Reward of every agent (mean and range over seeds), then each signal of one seed."""
-    from matplotlib.figure import Figure
-
-    from rl_shift.report_pictures import COLOURS
-
     told = {name: signals(lives[0][0]) for name, lives in agents.items()}
     names = [name for name in SIGNALS if any(name in one for one in told.values())]
-    figure = Figure(figsize=(9, 3 + 1.5 * len(names)), layout="constrained")
+    figure = plotting.figure(9, 3 + 1.5 * len(names))
     grid: Any = figure.subplots(
         1 + len(names), 1, sharex=True, squeeze=False, height_ratios=[2] + [1] * len(names)
     )[:, 0]
-    for (name, lives), colour in zip(agents.items(), COLOURS, strict=False):
+    colours = colours_of(list(agents))
+    for name, lives in agents.items():
+        colour = colours[name]
         length = min(len(life["reward"]) for _, life in lives)
         steps = lives[0][1]["steps"]
         curves = np.array(
@@ -249,4 +248,4 @@ def draw(agents: dict[str, list[tuple[Run, Life]]], title: str, path: Path) -> N
     for axes in grid:
         axes.spines[["top", "right"]].set_visible(False)
     path.parent.mkdir(parents=True, exist_ok=True)
-    figure.savefig(path, dpi=110)
+    plotting.save(figure, path)

@@ -8,10 +8,9 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from rl_shift.errors import UserError
+from rl_shift import plotting
 from rl_shift.metrics import iqm, mean, median, optimality_gap
 from rl_shift.report_cells import Section
-from rl_shift.report_document import DPI
 from rl_shift.report_statistics import Aggregate, bootstrapped, profile
 
 if TYPE_CHECKING:
@@ -46,14 +45,14 @@ def learning_curves(section: Section, path: Path) -> bool:
     Returns:
         Whether there was anything to draw.
     """
-    colours = _colours(section.labels)
+    colours = colours_of(section.labels)
     shown = {key: cell.curve() for key, cell in section.cells.items() if not cell.refused}
     rows = [row for row in section.rows if any(shown.get((row, n), ([], 0))[0] for n in colours)]
     if not rows:
         return False
     columns = min(COLUMNS, len(rows))
     lines = -(-len(rows) // columns)
-    figure = _figure(max(4.2 * columns, 5.5), 3.1 * lines + 0.6)
+    figure = plotting.figure(max(4.2 * columns, 5.5), 3.1 * lines + 0.6)
     grid: Any = figure.subplots(lines, columns, squeeze=False)
     drawn: dict[str, Any] = {}
     data: Any = None
@@ -75,11 +74,12 @@ def learning_curves(section: Section, path: Path) -> bool:
             data = axes.axhline(level, ls="--", color="#333333", lw=1.2)
         axes.set_title(row, fontsize=10)
         steps = any(cell.leg.env_steps for (of, _), cell in section.cells.items() if of == row)
-        _plain_axes(axes, "environment steps" if steps else "updates", section.unit)
+        plain_axes(axes, "environment steps" if steps else "updates", section.unit)
     if data is not None:
         drawn["mean of the data"] = data
     figure.legend(drawn.values(), drawn.keys(), loc="outside upper center", ncols=6, frameon=False)
-    return _saved(figure, path)
+    plotting.save(figure, path)
+    return True
 
 
 def performance_profiles(found: Aggregate, labels: Sequence[str], unit: str, path: Path) -> bool:
@@ -93,23 +93,24 @@ def performance_profiles(found: Aggregate, labels: Sequence[str], unit: str, pat
     """
     every = np.concatenate([table.ravel() for table in found.scores.values()])
     thresholds = np.linspace(min(0.0, every.min()), max(100.0, every.max()), 201)
-    figure = _figure(7.5, 4.2)
+    figure = plotting.figure(7.5, 4.2)
     axes: Any = figure.subplots()
-    for label, colour in _colours(labels).items():
+    for label, colour in colours_of(labels).items():
         if label in found.scores:
             share, low, high = profile(found.scores[label], thresholds)
             axes.step(thresholds, share, where="post", color=colour, label=label)
             axes.fill_between(thresholds, low, high, step="post", color=colour, alpha=0.15, lw=0)
     axes.set_ylim(-0.02, 1.02)
-    _plain_axes(axes, f"{unit} τ", "share of runs with score > τ")
+    plain_axes(axes, f"{unit} τ", "share of runs with score > τ")
     axes.legend(frameon=False)
-    return _saved(figure, path)
+    plotting.save(figure, path)
+    return True
 
 
 def aggregates(found: Aggregate, labels: Sequence[str], unit: str, path: Path) -> bool:
     """The aggregate statistics with their intervals, one panel each; arguments as above."""
-    colours = {label: c for label, c in _colours(labels).items() if label in found.scores}
-    figure = _figure(11, 1.1 + 0.42 * len(colours))
+    colours = {label: c for label, c in colours_of(labels).items() if label in found.scores}
+    figure = plotting.figure(11, 1.1 + 0.42 * len(colours))
     panels: Any = figure.subplots(1, len(STATISTICS), sharey=True)
     for axes, (name, statistic) in zip(panels, STATISTICS.items(), strict=True):
         for height, (label, colour) in enumerate(colours.items()):
@@ -119,17 +120,18 @@ def aggregates(found: Aggregate, labels: Sequence[str], unit: str, path: Path) -
             axes.plot([value, value], [height - 0.275, height + 0.275], color=colour, lw=2.5)
         axes.use_sticky_edges = False  # else the first interval touches the frame
         axes.set_title(name, fontsize=10)
-        _plain_axes(axes, unit, "")
+        plain_axes(axes, unit, "")
     panels[0].set_yticks(range(len(colours)), colours)
     panels[0].invert_yaxis()
-    return _saved(figure, path)
+    plotting.save(figure, path)
+    return True
 
 
 def choices(curves: Mapping[str, Curve], path: Path) -> bool:
     """One panel per task: the chosen policy's true mean by online episodes, with 95 % bands."""
     columns = min(COLUMNS, len(curves))
     lines = -(-len(curves) // columns)
-    figure = _figure(max(4.2 * columns, 5.5), 3.1 * lines)
+    figure = plotting.figure(max(4.2 * columns, 5.5), 3.1 * lines)
     grid: Any = figure.subplots(lines, columns, squeeze=False)
     for axes in grid.flat[len(curves) :]:
         axes.set_axis_off()
@@ -139,23 +141,18 @@ def choices(curves: Mapping[str, Curve], path: Path) -> bool:
         axes.fill_between(seen, curve.low, curve.high, color=COLOURS[0], alpha=0.15, lw=0)
         title, _, unit = name.partition(" (")
         axes.set_title(title, fontsize=10)
-        _plain_axes(axes, "online episodes seen", unit.rstrip(")"))
-    return _saved(figure, path)
+        plain_axes(axes, "online episodes seen", unit.rstrip(")"))
+    plotting.save(figure, path)
+    return True
 
 
-def _colours(labels: Sequence[str]) -> dict[str, str]:
+def colours_of(labels: Sequence[str]) -> dict[str, str]:
+    """A colour for each agent."""
     return {label: COLOURS[k % len(COLOURS)] for k, label in enumerate(labels)}
 
 
-def _figure(width: float, height: float) -> Any:
-    try:
-        from matplotlib.figure import Figure
-    except ImportError as error:
-        raise UserError('pictures need matplotlib: pip install "rl_shift[report]"') from error
-    return Figure(figsize=(width, height), dpi=DPI, layout="constrained")
-
-
-def _plain_axes(axes: Any, below: str, beside: str) -> None:
+def plain_axes(axes: Any, below: str, beside: str) -> None:
+    """Names of both axes, a light grid, no frame above and to the right."""
     axes.set_xlabel(below, fontsize=9)
     axes.set_ylabel(beside, fontsize=9)
     axes.tick_params(labelsize=8)
@@ -164,14 +161,3 @@ def _plain_axes(axes: Any, below: str, beside: str) -> None:
         axes.spines[side].set_visible(False)
     if below in ("updates", "environment steps"):
         axes.xaxis.set_major_formatter(lambda x, _: f"{x / 1000:g}k" if x >= 1000 else f"{x:g}")
-
-
-def _saved(figure: Any, path: Path) -> bool:
-    from matplotlib.backends.backend_agg import FigureCanvasAgg
-
-    partial = path.with_name(f".{path.name}.partial")
-    canvas: Any = FigureCanvasAgg(figure)
-    with partial.open("wb") as file:
-        canvas.print_png(file)
-    partial.replace(path)
-    return True

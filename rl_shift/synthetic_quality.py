@@ -15,7 +15,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from rl_shift import config, datasets, envs, runs, seeding
+from rl_shift import config, datasets, envs, plotting, runs, seeding
 from rl_shift.agent import Agent, Policy
 from rl_shift.buffer import Buffer
 from rl_shift.denoisers import ResidualMLP, TemporalUNet, multiply_adds
@@ -265,11 +265,7 @@ def costs(presets: Sequence[str], obs: int, action: int) -> list[dict[str, Any]]
 
 def picture(results: dict[str, Any], path: Path) -> None:
     """Dynamics error over likelihood and over the step within the window; a few trajectories."""
-    from matplotlib.backends.backend_agg import FigureCanvasAgg
-    from matplotlib.figure import Figure
-
-    figure = Figure(figsize=(11, 3.3), layout="constrained")
-    canvas: Any = FigureCanvasAgg(figure)
+    figure = plotting.figure(11, 3.3)
     left, right, paths = figure.subplots(1, 3)
     guided = results["guided"]
     x = [row["log_likelihood"] for row in guided]
@@ -295,4 +291,4 @@ def picture(results: dict[str, Any], path: Path) -> None:
     for axes in (left, right, paths):
         axes.grid(alpha=0.3)
         axes.legend(frameon=False, fontsize=8)
-    canvas.print_png(path)
+    plotting.save(figure, path)

@@ -23,7 +23,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from rl_shift import datasets, held_out, runs, synthetic_quality, tanh_gaussian
+from rl_shift import datasets, held_out, plotting, runs, synthetic_quality, tanh_gaussian
 from rl_shift.buffer import Buffer
 from rl_shift.errors import UserError
 from rl_shift.score import correct_action
@@ -75,11 +75,7 @@ def score(spec: str, rows: int, picture: Path | None) -> dict[str, Any]:
 
 def draw(result: dict[str, Any], spec: str, path: Path) -> None:
     """Cosine and explained share over the noise levels."""
-    from matplotlib.backends.backend_agg import FigureCanvasAgg
-    from matplotlib.figure import Figure
-
-    figure = Figure(figsize=(6, 3.4), layout="constrained")
-    canvas: Any = FigureCanvasAgg(figure)
+    figure = plotting.figure(6, 3.4)
     axes: Any = figure.add_subplot()
     x = [row["sigma"] for row in result["levels"]]
     for key, mark in (("mean cosine", "o-"), ("median cosine", "s--"), ("explained share", "^-")):
@@ -91,7 +87,7 @@ def draw(result: dict[str, Any], spec: str, path: Path) -> None:
     axes.minorticks_off()
     axes.grid(alpha=0.3)
     axes.legend(frameon=False)
-    canvas.print_png(path)
+    plotting.save(figure, path)
 
 
 def main(argv: list[str] | None = None) -> int:
