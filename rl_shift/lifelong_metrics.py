@@ -6,14 +6,13 @@ the stretches between two shifts.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
 from rl_shift.life import phases
-from rl_shift.metrics import Interval, mean_interval
 
 Floats = NDArray[np.float64]
 WINDOW = 1000  # env steps of the moving average that decides about recovery
@@ -67,7 +66,10 @@ def phase_means(reward: ArrayLike, regime: ArrayLike) -> Floats:
 
 
 def recoveries(
-    reward: ArrayLike, regime: ArrayLike, steps: int, reference: float = 0.0
+    reward: ArrayLike,
+    regime: ArrayLike,
+    steps: int,
+    reference: Callable[[int], float] = lambda regime: 0.0,
 ) -> list[Recovery]:
     """One entry per shift.
 
@@ -75,16 +77,19 @@ def recoveries(
         reward: (T,) mean rewards of the points.
         regime: (T,) regimes of the points.
         steps: environment steps per point.
-        reference: mean reward of a random policy, for phases that earn nothing.
+        reference: regime -> mean reward of a random policy in it; asked after phases that earned
+            nothing.
     """
     values, found = np.asarray(reward, np.float64), []
-    spans = phases(np.asarray(regime, np.int64))
+    regimes = np.asarray(regime, np.int64)
+    spans = phases(regimes)
     least = max(round(WINDOW / steps), 1)
     for (a, b), (c, d) in zip(spans[:-1], spans[1:], strict=True):
         before = float(values[max(b - max((b - a) // 10, least), a) : b].mean())
         early = float(values[c : c + max((d - c) // 10, 1)].mean())
         positive = before > 0
-        mark = 0.9 * before if positive else reference + 0.9 * (before - reference)
+        floor = 0.0 if positive else reference(int(regimes[c]))
+        mark = floor + 0.9 * (before - floor)
         inside = moving_average(values[c:d], steps, WINDOW)[least - 1 :]
         reached = np.flatnonzero(inside >= mark)
         censored = len(reached) == 0
@@ -100,8 +105,3 @@ def recoveries(
             )
         )
     return found
-
-
-def over_seeds(values: Sequence[float]) -> Interval:
-    """Mean with its 95 % t interval over seeds (t = 2.776 for five)."""
-    return mean_interval(np.asarray(values, np.float64))

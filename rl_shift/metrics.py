@@ -28,6 +28,11 @@ class Interval(NamedTuple):
     low: float
     high: float
 
+    def text(self, form: str = ".1f") -> str:
+        """The value ± half the width; the value alone where the interval is unknown."""
+        value, half = format(self.value, form), (self.high - self.low) / 2
+        return f"{value} ± {half:{form}}" if math.isfinite(half) else value
+
 
 # ---- aggregates over (..., runs, tasks) ------------------------------------------------------
 

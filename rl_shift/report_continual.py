@@ -13,7 +13,7 @@ from rl_shift import continual_metrics as metrics
 from rl_shift import plotting
 from rl_shift import report_pictures as draw
 from rl_shift.loggers import clock_text
-from rl_shift.metrics import Floats, mean_interval
+from rl_shift.metrics import mean_interval
 from rl_shift.report_cells import Chain, scored
 from rl_shift.report_document import Block, Heading, Paragraph, Picture, Table
 from rl_shift.report_runs import Gathered
@@ -78,7 +78,7 @@ def _table(same: Sequence[Chain]) -> Table:
     rows = []
     for chain, summary in zip(same, found, strict=True):
         texts = [chain.label, f"{sum(len(run.seeds) for run in chain.runs)}"]
-        texts += [_with_interval(summary[name]) if name in summary else "" for name in names]
+        texts += [mean_interval(summary[name]).text() if name in summary else "" for name in names]
         for key in resources:
             values = [run.extra.get("resources", {}).get(key) for run in chain.runs]
             texts.append(f"{max(values):,.0f}" if all(v is not None for v in values) else "")
@@ -88,11 +88,6 @@ def _table(same: Sequence[Chain]) -> Table:
     head = ["agent", "seeds", *names, *(key.replace("_", " ") for key in resources), "wall time"]
     caption = f"Continual metrics from {unit}, mean over the seeds ± half a 95 % t interval."
     return Table(caption, head, rows, told=True)
-
-
-def _with_interval(values: Floats) -> str:
-    value, low, high = mean_interval(values)
-    return f"{value:.1f} ± {(high - low) / 2:.1f}" if np.isfinite(low) else f"{value:.1f}"
 
 
 def task_matrices(same: Sequence[Chain], path: Path) -> None:

@@ -16,12 +16,11 @@ from rl_shift.lifelong_metrics import (
     Recovery,
     lifetime,
     moving_average,
-    over_seeds,
     phase_means,
     recoveries,
 )
 from rl_shift.loggers import read_metrics
-from rl_shift.metrics import Interval
+from rl_shift.metrics import mean_interval
 from rl_shift.report_document import Block, Heading, Paragraph, Picture, Table
 from rl_shift.report_pictures import colours_of
 from rl_shift.report_runs import Gathered, Run
@@ -88,10 +87,10 @@ def _table(
             [
                 name,
                 str(len(lives)),
-                _shown(over_seeds([lifetime(x["reward"]) for _, x in lives]), 4),
-                _shown(over_seeds(last), 4),
-                _shown(over_seeds(drops), 4) if drops else "–",
-                _shown(over_seeds(recovery), 0) if recovery else "–",
+                mean_interval([lifetime(x["reward"]) for _, x in lives]).text(",.4f"),
+                mean_interval(last).text(",.4f"),
+                mean_interval(drops).text(",.4f") if drops else "–",
+                mean_interval(recovery).text(",.0f") if recovery else "–",
                 f"{censored} of {len(shifts)}" if shifts else "–",
             ]
         )
@@ -139,16 +138,12 @@ def shifts_of(life: Life, env: str, shift: str) -> list[Recovery]:
     """
     if not _abrupt(shift):
         return []
-    found = recoveries(life["reward"], life["regime"], life["steps"])
-    if any(r.rule == "reference" for r in found):
-        regimes = [life["regime"][r.start // life["steps"]] for r in found]
-        found = [
-            recoveries(
-                life["reward"], life["regime"], life["steps"], random_reward(env, shift, of)
-            )[k]
-            for k, of in enumerate(regimes)
-        ]
-    return found
+    return recoveries(
+        life["reward"],
+        life["regime"],
+        life["steps"],
+        lambda regime: random_reward(env, shift, regime),
+    )
 
 
 def _abrupt(shift: str) -> bool:
@@ -187,12 +182,6 @@ def random_reward(env_id: str, shift: str, regime: int, steps: int = 4000) -> fl
             env.reset()
     env.close()
     return total / steps
-
-
-def _shown(interval: Interval, digits: int) -> str:
-    half = (interval.high - interval.low) / 2
-    middle = f"{interval.value:,.{digits}f}"
-    return middle if not np.isfinite(half) else f"{middle} ± {half:,.{digits}f}"
 
 
 def signals(run: Run) -> dict[str, tuple[list[int], list[float]]]:

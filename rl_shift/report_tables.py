@@ -129,8 +129,7 @@ def chain(found: Chain) -> Table:
 def _cell(seeds: np.ndarray) -> str:
     if not np.isfinite(seeds).all():
         return ""
-    value, low, high = mean_interval(seeds)
-    return f"{value:.1f} ± {(high - low) / 2:.1f}" if math.isfinite(low) else f"{value:.1f}"
+    return mean_interval(seeds).text()
 
 
 # ---- cost, data, versions ----------------------------------------------------------------------

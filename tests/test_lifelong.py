@@ -12,10 +12,10 @@ from rl_shift.life import Life, phases
 from rl_shift.lifelong_metrics import (
     lifetime,
     moving_average,
-    over_seeds,
     phase_means,
     recoveries,
 )
+from rl_shift.metrics import mean_interval
 from rl_shift.report_lifelong import random_reward, shifts_of
 
 STEPS = 100  # env steps per point
@@ -68,14 +68,14 @@ def test_a_life_that_never_recovers_is_censored() -> None:
 
 def test_phases_that_earned_nothing_are_measured_from_the_reference() -> None:
     reward, regime = a_life(-1.0, -3.0, 20, -1.1)
-    [found] = recoveries(reward, regime, STEPS, reference=-3.0)
+    [found] = recoveries(reward, regime, STEPS, reference=lambda regime: -3.0)
     assert found.rule == "reference" and not found.censored  # the mark is -3 + 0.9 * 2 = -1.2
     assert found.steps == 30 * STEPS
 
 
 def test_the_interval_of_five_seeds_uses_the_t_quantile() -> None:
     values = [1.0, 2.0, 3.0, 4.0, 5.0]
-    interval = over_seeds(values)
+    interval = mean_interval(values)
     half = 2.776 * np.std(values, ddof=1) / np.sqrt(5)
     assert interval.high - 3 == pytest.approx(half, rel=1e-3)
 
