@@ -19,7 +19,7 @@ from torch import Tensor
 
 from rl_shift.errors import UnsupportedSpace, UserError
 from rl_shift.learner import Batch, Gradients, Learner, Loss, Metrics, Transform
-from rl_shift.networks import Critic, Normalizer
+from rl_shift.networks import ActionValues, Normalizer
 
 if TYPE_CHECKING:
     from rl_shift.buffer import Buffer, Mixture
@@ -121,7 +121,7 @@ class Agent(Learner):
         Default: the smallest of `critic`'s values, where there is one. Pure.
         """
         critic = self._modules.get("critic")
-        if not isinstance(critic, Critic):
+        if not isinstance(critic, ActionValues):
             return None
         values: Tensor = critic(self.normalizer(obs), action)
         return values.amin(0)

@@ -145,6 +145,16 @@ def test_the_judge_keeps_what_the_bases_critic_does_not_mind(agent: CDSA) -> Non
     assert torch.equal(value[1], critic.amin(0)) and critic.shape == (2, 200)
 
 
+@pytest.mark.parametrize("base", ["cql", "rebrac", "sac_n", "cfpi", "iql"])
+def test_every_kind_of_critic_may_judge(base: str) -> None:
+    settings = {"critics": 2} if base == "sac_n" else {}
+    judged = made(base=base, base_config={"hidden": (8,), **settings}, judge="value")
+    obs = observations()
+    value = judged.run(judged.action_value, obs, torch.zeros(50, 2))
+    critic = judged.base.critic(judged.base.normalizer(obs), torch.zeros(50, 2))
+    assert torch.equal(value, critic.amin(0))
+
+
 def test_a_base_without_a_critic_is_corrected_without_a_judge() -> None:
     blind = made(base="bc", judge="value")
     free = CDSA(OBS, ACTION, dataclasses.replace(blind.config, judge="off"), blind.base)
