@@ -182,10 +182,12 @@ class CDSA(Wrapper):
     def act(self, obs: Tensor, explore: bool) -> Tensor:
         """The base's action, corrected; exploration is the base's own."""
         action = self.base.act(obs, explore)
-        return action if explore or self.config.correction == "off" else self.corrected(obs, action)
+        return action if explore else self.corrected(obs, action)
 
     def corrected(self, raw: Tensor, action: Tensor) -> Tensor:
         """(B, obs) raw, (B, action) -> (B, action)."""
+        if self.config.correction == "off":
+            return action
         c, obs, given = self.config, self.normalizer(raw), action
         strength = self.strength(obs, action)
         if c.mode != "state" and c.channels != "state":
@@ -229,7 +231,8 @@ class CDSA(Wrapper):
 
     def diagnostics(self, obs: Tensor) -> Metrics:
         """Size of the correction; score norm before and after, at the last step's level."""
-        before, after = self.base.act(obs, False), self.act(obs, False)
+        before = self.base.act(obs, False)
+        after = self.corrected(obs, before)
         obs = self.normalizer(obs)
         change, level = after - before, self.levels[-1]
         return {

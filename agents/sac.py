@@ -66,14 +66,17 @@ class SAC(Agent):
         """Adam's rate of each network."""
         return dict.fromkeys(("actor", "critic", "log_alpha"), self.config.learning_rate)
 
-    def critic_loss(self, batch: Batch) -> tuple[Tensor, Metrics]:
-        """Soft Bellman error of both critics."""
+    def target(self, batch: Batch) -> Tensor:
+        """The backup y = r + gamma (1 - terminated) (min_i Q'_i(s', a') - alpha log pi), (B,)."""
         next_action, log_prob = self.actor.sample(batch["next_obs"])
         soft = self.target_critic(batch["next_obs"], next_action).amin(0)
         soft = soft - self.log_alpha().exp() * log_prob
-        target = batch["reward"] + self.config.discount * ~batch["terminated"] * soft
+        return batch["reward"] + self.config.discount * ~batch["terminated"] * soft
+
+    def critic_loss(self, batch: Batch) -> tuple[Tensor, Metrics]:
+        """Soft Bellman error of both critics."""
         q = self.critic(batch["obs"], batch["action"])
-        loss = (q - target).square().mean(-1).sum()
+        loss = (q - self.target(batch)).square().mean(-1).sum()
         return loss, {"critic/loss": loss, "critic/q": q.mean()}
 
     def actor_loss(self, batch: Batch) -> tuple[Tensor, Metrics]:

@@ -52,12 +52,8 @@ class SACN(SAC):
 
     def critic_loss(self, batch: Batch) -> tuple[Tensor, Metrics]:
         """Soft Bellman error of every critic, and their diversity."""
-        next_action, log_prob = self.actor.sample(batch["next_obs"])
-        soft = self.target_critic(batch["next_obs"], next_action).amin(0)
-        soft = soft - self.log_alpha().exp() * log_prob
-        target = batch["reward"] + self.config.discount * ~batch["terminated"] * soft
         q = self.critic(batch["obs"], batch["action"])
-        loss = (q - target).square().mean(-1).sum()
+        loss = (q - self.target(batch)).square().mean(-1).sum()
         metrics = {"critic/q": q.mean(), "critic/spread": (q.amax(0) - q.amin(0)).mean()}
         if self.config.eta > 0 and self.config.critics > 1:
             metrics["critic/alignment"] = alignment = self.alignment(batch)

@@ -121,7 +121,7 @@ class Sampler:
             push: guidance that moves x at the start of a step.
         """
         plan = list(self.levels())
-        table = torch.tensor([plan[0][:2], *[p[:2] for p in plan[1:]]]).to(noise)
+        table = torch.tensor([level[:2] for level in plan]).to(noise)
         x = noise * plan[0][0]
         solve = self._dpm if self.solver == "dpm" else self._edm
         return solve(denoise, x, plan, table, push)

@@ -10,7 +10,7 @@ import itertools
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from types import TracebackType
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import gymnasium
 import numpy as np
@@ -18,12 +18,10 @@ import torch
 from numpy.typing import NDArray
 
 from rl_shift import seeding
+from rl_shift.agent import Agent
 from rl_shift.envs import make_env
 from rl_shift.envs.wrappers import UnitAction
 from rl_shift.errors import UserError
-
-if TYPE_CHECKING:
-    from rl_shift.agent import Agent
 
 Floats = NDArray[np.float64]
 
@@ -146,6 +144,7 @@ class Evaluator:
         self._check_shape(agent, envs[0])
         modes = [(module, module.training) for module in agent.modules()]
         agent.eval()
+        diagnose = diagnose and type(agent).diagnostics is not Agent.diagnostics
         try:
             with seeding.forked(seeding.child(seed, "evaluation")):
                 returns, lengths, sums = self._play(agent, envs, lanes, episodes, seed, diagnose)
