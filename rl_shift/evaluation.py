@@ -144,7 +144,8 @@ class Evaluator:
         self._check_shape(agent, envs[0])
         modes = [(module, module.training) for module in agent.modules()]
         agent.eval()
-        diagnose = diagnose and type(agent).diagnostics is not Agent.diagnostics
+        if diagnose:  # most agents have nothing to say
+            diagnose = getattr(agent.diagnostics, "__func__", None) is not Agent.diagnostics
         try:
             with seeding.forked(seeding.child(seed, "evaluation")):
                 returns, lengths, sums = self._play(agent, envs, lanes, episodes, seed, diagnose)
