@@ -21,7 +21,7 @@ from numpy.typing import NDArray
 
 from rl_shift import seeding
 from rl_shift.errors import UserError
-from rl_shift.options import Parser, options_of, split, taken
+from rl_shift.options import asked
 from rl_shift.report_cells import last_of, scored
 from rl_shift.report_runs import Gathered, Leg, add_evaluations, gather
 from rl_shift.report_sections import labels
@@ -61,13 +61,10 @@ class Curve:
 
 def bandit(argv: list[str]) -> int:
     """`rl-shift report bandit`."""
-    words, flags = split(argv, ("--help", "-h"))
-    parser = Parser(options_of(BanditSettings), usage=USAGE, description=TEXT)
-    if {"--help", "-h"} & set(flags):
-        parser.parser.print_help()
+    given = asked(BanditSettings, argv, USAGE, TEXT, repeated=("--pool", "--evaluations"))
+    if given is None:
         return 0
-    folders, files = taken(flags, "--pool"), taken(flags, "--evaluations")
-    settings = BanditSettings(**(parser.defaults() | parser.flags(flags)))
+    words, settings, [folders, files] = given
     if not folders or words:
         raise UserError(f"give the pool with --pool: {USAGE}")
     if min(settings.arms, settings.trials) < 1 or settings.pulls < 0:

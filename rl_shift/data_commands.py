@@ -9,7 +9,7 @@ from typing import Any, Literal
 
 from rl_shift.commands import limit_torch
 from rl_shift.errors import UserError, nearest
-from rl_shift.options import Parser, options_of, split, taken
+from rl_shift.options import asked, split
 
 TEXT = """usage: rl-shift data ACTION ...
 
@@ -92,19 +92,18 @@ class VerifySettings:
 
 
 def _verify(argv: list[str]) -> int:
-    words, flags = split(argv, ("--help", "-h"))
-    parser = Parser(
-        options_of(VerifySettings),
+    given = asked(
+        VerifySettings,
+        argv,
         usage="rl-shift data verify ID|PATH [--against d4rl]",
         description="Reads a file anew, past every cache, and says what training would refuse.",
     )
-    if {"--help", "-h"} & set(flags):
-        parser.parser.print_help()
+    if given is None:
         return 0
-    settings = VerifySettings(**(parser.defaults() | parser.flags(flags)))
+    words, settings, _ = given
     if len(words) != 1:
-        given = " ".join(words) or "nothing"
-        raise UserError(f"rl-shift data verify takes ID|PATH, not {given}")
+        told = " ".join(words) or "nothing"
+        raise UserError(f"rl-shift data verify takes ID|PATH, not {told}")
     from rl_shift.dataset_reports import against_d4rl, verify
 
     report = verify(words[0])
@@ -141,18 +140,17 @@ class ReportSettings:
 
 
 def _report(argv: list[str]) -> int:
-    words, flags = split(argv, ("--help", "-h"))
-    parser = Parser(
-        options_of(ReportSettings),
+    given = asked(
+        ReportSettings,
+        argv,
         usage="rl-shift data report ID|PATH... [--out DIR] [options]",
         description="Compares datasets of one environment: returns, lengths, coverage of the "
         "states, action variance (low where the state decides the action), state similarity and "
         "transition diversity.",
     )
-    if {"--help", "-h"} & set(flags):
-        parser.parser.print_help()
+    if given is None:
         return 0
-    settings = ReportSettings(**(parser.defaults() | parser.flags(flags)))
+    words, settings, _ = given
     if not words:
         raise UserError("give at least one ID|PATH: rl-shift data report ID|PATH...")
     if min(settings.rows, settings.queries, settings.k) < 1 or settings.radius <= 0:
@@ -170,17 +168,16 @@ class ConvertSettings:
 
 
 def _convert(argv: list[str]) -> int:
-    words, flags = split(argv, ("--help", "-h"))
-    parser = Parser(
-        options_of(ConvertSettings),
+    given = asked(
+        ConvertSettings,
+        argv,
         usage="rl-shift data convert ID|PATH|minari:ID OUT.hdf5|OUT.npz|minari:ID",
         description="Writes a dataset in another format. Transitions, episode ends and facts about "
         'the environment are kept; Minari needs pip install "rl_shift[minari]".',
     )
-    if {"--help", "-h"} & set(flags):
-        parser.parser.print_help()
+    if given is None:
         return 0
-    settings = ConvertSettings(**(parser.defaults() | parser.flags(flags)))
+    words, settings, _ = given
     if len(words) != 2:
         raise UserError("give a dataset and where to write it: rl-shift data convert ID|PATH OUT")
     from rl_shift.data_convert import convert
@@ -201,16 +198,15 @@ class DownloadSettings:
 
 
 def _download(argv: list[str]) -> int:
-    words, flags = split(argv, ("--help", "-h"))
-    parser = Parser(
-        options_of(DownloadSettings),
+    given = asked(
+        DownloadSettings,
+        argv,
         usage="rl-shift data download ID [--base-url URL] [--timeout SECONDS]",
         description="Fetches a D4RL file into $D4RL_DATASET_DIR or ~/.d4rl/datasets.",
     )
-    if {"--help", "-h"} & set(flags):
-        parser.parser.print_help()
+    if given is None:
         return 0
-    settings = DownloadSettings(**(parser.defaults() | parser.flags(flags)))
+    words, settings, _ = given
     if len(words) != 1:
         raise UserError(f"give one dataset ID, not {len(words)}: rl-shift data download ID")
     from rl_shift.downloading import download
@@ -235,19 +231,18 @@ class CollectSettings:
 
 
 def _collect(argv: list[str]) -> int:
-    words, flags = split(argv, ("--help", "-h"))
-    parser = Parser(
-        options_of(CollectSettings),
+    given = asked(
+        CollectSettings,
+        argv,
         usage="rl-shift data collect --policy RUN_DIR|NPZ|random [--policy ...]... --env ID "
         "--steps N --out FILE [options]",
         description="Records policies as a file in D4RL's v2 layout; several --policy share the "
         "steps. Equal arguments give an equal file.",
+        repeated=("--policy",),
     )
-    if {"--help", "-h"} & set(flags):
-        parser.parser.print_help()
+    if given is None:
         return 0
-    policies = taken(flags, "--policy")
-    settings = CollectSettings(**(parser.defaults() | parser.flags(flags)))
+    words, settings, [policies] = given
     if words:
         raise UserError(f"unexpected argument {words[0]!r}; policies are given with --policy")
     if not policies or settings.env is None or settings.steps is None or settings.out is None:

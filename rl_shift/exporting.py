@@ -20,7 +20,7 @@ from typing import TYPE_CHECKING, Any, Literal
 import numpy as np
 
 from rl_shift.errors import UserError
-from rl_shift.options import Parser, options_of, split
+from rl_shift.options import asked
 
 if TYPE_CHECKING:
     from rl_shift.deployment import TrainedPolicy
@@ -49,12 +49,10 @@ class ExportSettings:
 
 def export(argv: list[str]) -> int:
     """`rl-shift export`."""
-    words, flags = split(argv, ("--help", "-h"))
-    parser = Parser(options_of(ExportSettings), usage=USAGE, description=TEXT)
-    if {"--help", "-h"} & set(flags):
-        parser.parser.print_help()
+    given = asked(ExportSettings, argv, USAGE, TEXT)
+    if given is None:
         return 0
-    settings = ExportSettings(**(parser.defaults() | parser.flags(flags)))
+    words, settings, _ = given
     if len(words) != 1:
         raise UserError(f"give one RUN_DIR, not {len(words)}: {USAGE}")
     from rl_shift.deployment import load_policy

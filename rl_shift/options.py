@@ -8,13 +8,15 @@ import re
 import typing
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, Literal, NoReturn
+from typing import Any, Literal, NoReturn, TypeVar
 
 import jsonargparse
 
 from rl_shift.errors import UserError, nearest
 
 _UNSET: Any = dataclasses.MISSING
+HELP = ("--help", "-h")
+Settings = TypeVar("Settings")
 
 
 @dataclass(frozen=True)
@@ -154,6 +156,34 @@ def build(cls: type, values: Mapping[str, Any], prefix: str = "") -> Any:
         else:
             raise UserError(f"{key} has no default: give --{key}")
     return cls(**given)
+
+
+def asked(
+    settings: type[Settings],
+    argv: Sequence[str],
+    usage: str,
+    description: str,
+    repeated: Sequence[str] = (),
+) -> tuple[list[str], Settings, list[list[str]]] | None:
+    """What a command was asked for; None if only for its help, which was printed.
+
+    Args:
+        settings: the dataclass of its flags.
+        argv: the words after the command.
+        usage: of the help.
+        description: of the help.
+        repeated: flags of no field, which may be given several times.
+
+    Returns:
+        The positional words, the settings, and the values of each repeated flag.
+    """
+    words, flags = split(argv, HELP)
+    parser = Parser(options_of(settings), usage=usage, description=description)
+    if set(HELP) & set(flags):
+        parser.parser.print_help()
+        return None
+    lists = [taken(flags, name) for name in repeated]
+    return words, settings(**(parser.defaults() | parser.flags(flags))), lists
 
 
 def split(argv: Sequence[str], switches: Sequence[str] = ()) -> tuple[list[str], list[str]]:
