@@ -20,7 +20,7 @@ from torch import Tensor
 from rl_shift.agent import Agent, Batch, Metrics, Stage, Wrapper
 from rl_shift.buffer import Buffer, Mixture
 from rl_shift.dynamics import GaussianEnsemble, split_rows
-from rl_shift.synthetic import Synthetic, taking_turns
+from rl_shift.synthetic import Synthetic, described, taking_turns
 
 if TYPE_CHECKING:
     from rl_shift.config import Task
@@ -180,6 +180,5 @@ class MOPO(Wrapper):
         if self.stage == "dynamics":
             return self.learn("dynamics", self.dynamics.loss, batch)
         if self.stage == "rollout":
-            terminated = batch["terminated"].to(batch["reward"])
-            return {"reward": batch["reward"].mean(), "terminated": terminated.mean()}
+            return described(batch)
         return super().update(batch)

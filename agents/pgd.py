@@ -26,7 +26,7 @@ from rl_shift.denoisers import ResidualMLP, TemporalUNet
 from rl_shift.diffusion import EDM, Sampler, Solver
 from rl_shift.errors import UserError
 from rl_shift.guidance import Form, Guidance, Norm, log_likelihood, tuned
-from rl_shift.synthetic import Synthetic, taking_turns
+from rl_shift.synthetic import Synthetic, described, taking_turns
 from rl_shift.trajectories import TrajectoryCodec, window_starts
 
 if TYPE_CHECKING:
@@ -247,10 +247,8 @@ class PGD(Wrapper):
             self.polyak("behaviour", "averaged", self.config.average)
             return metrics
         if self.stage in ("unguided", "guided"):
-            return {
+            return described(batch) | {
                 "log_likelihood": batch["log_likelihood"].mean(),
-                "reward": batch["reward"].mean(),
-                "terminated": batch["terminated"].to(batch["reward"]).mean(),
                 "saturated": (batch["action"].abs() > 0.99).to(batch["reward"]).mean(),
                 "coefficient": self.coefficient.clone(),
             }

@@ -21,7 +21,7 @@ from rl_shift.agent import Agent, Batch, Metrics, Stage, Wrapper
 from rl_shift.buffer import Buffer, Mixture
 from rl_shift.denoisers import ResidualMLP
 from rl_shift.diffusion import EDM, Sampler, Solver
-from rl_shift.synthetic import Synthetic, taking_turns
+from rl_shift.synthetic import Synthetic, described, taking_turns
 from rl_shift.trajectories import TransitionCodec
 
 if TYPE_CHECKING:
@@ -140,6 +140,5 @@ class SynthER(Wrapper):
             self.polyak("behaviour", "averaged", self.config.average)
             return metrics
         if self.stage == "synthesise":
-            terminated = batch["terminated"].to(batch["reward"])
-            return {"reward": batch["reward"].mean(), "terminated": terminated.mean()}
+            return described(batch)
         return super().update(batch)

@@ -15,7 +15,7 @@ from gymnasium.spaces import Space
 from torch import Tensor
 
 from rl_shift import seeding
-from rl_shift.agent import Agent, Stage
+from rl_shift.agent import Agent, Batch, Metrics, Stage
 from rl_shift.buffer import Buffer, Mixture, transition_spec
 from rl_shift.errors import UserError
 
@@ -93,6 +93,12 @@ class Synthetic:
             seeds = tuple(int(seed) for seed in state["seeds"])
             self._make(int(state["capacity"]), device, seeds).load_state(state["ring"])
             self.task, self.blocks = int(state["task"]), int(state["blocks"])
+
+
+def described(rows: Batch) -> Metrics:
+    """What is worth knowing about generated rows of any kind."""
+    reward = rows["reward"]
+    return {"reward": reward.mean(), "terminated": rows["terminated"].to(reward).mean()}
 
 
 def taking_turns(legs: Iterable[Stage], every: int, first: Stage, again: Stage) -> list[Stage]:
