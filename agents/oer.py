@@ -74,7 +74,7 @@ class OER(Agent):
         memory: int = 1000  # rows kept per task
         memory_total: int = 0  # rows kept of all tasks together; 0: no limit
         select_updates: int = 100  # steps into which the selection is divided
-        roll_outs: int = 10  # MBES: side by side
+        roll_outs: int = 50  # MBES: side by side
         horizon: int = 1000  # MBES: steps of a roll-out
         action_weight: float = 0.0  # MBES: prefers rows whose action the policy would take
         dynamics_updates: int = 5000  # MBES: at most, of the model ensemble

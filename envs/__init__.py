@@ -35,6 +35,8 @@ for _name, _members in {
     "AntDir": 50,
     "WalkerRandParams": 50,
     "HopperRandParams": 50,
+    "CheetahVelGoals": 0,
+    "AntDirGoals": 0,
 }.items():
     for _member in ("", *(f"-{k}" for k in range(_members))):
         gymnasium.register(

@@ -4,13 +4,15 @@ Rewards, terminations, observations and grids follow published code (katerakelly
 eric-mitchell/macaw, dennisl88/rand_param_envs) on Gymnasium's MuJoCo environments; episodes last
 200 steps. Where published code draws its tasks unseeded, ours have fixed seeds. A member's id ends
 in its number, `rl_shift/CheetahVel-7-v0`; `gymnasium.make("rl_shift/CheetahVel-v0", goal=1.5)`
-takes any goal. No reference scores are known, so scores are returns.
+takes any goal, and `rl_shift/CheetahVelGoals-v0` draws one per episode and shows it: one agent
+trained there knows every member. No reference scores are known, so scores are returns.
 """
 
 from __future__ import annotations
 
 from typing import Any
 
+import gymnasium
 import mujoco
 import numpy as np
 from gymnasium.envs.mujoco.ant_v5 import AntEnv
@@ -55,6 +57,11 @@ class CheetahVel(HalfCheetahEnv):
         super().__init__(ctrl_cost_weight=0.05, **kwargs)
         self.observation_space = Box(-np.inf, np.inf, (20,), np.float64)
 
+    @property
+    def context(self) -> Floats:
+        """What a goal-conditioned policy is told, (1,)."""
+        return np.array([self.goal])
+
     def _get_rew(self, x_velocity: float, action: Any) -> tuple[float, dict[str, float]]:
         plain: Any = super()  # Gymnasium's methods have no types
         forward, control = -abs(x_velocity - self.goal), plain.control_cost(action)
@@ -75,6 +82,11 @@ class AntDir(AntEnv):
         """`goal` in radians."""
         self.goal = float(goal)
         super().__init__(include_cfrc_ext_in_observation=False, **kwargs)
+
+    @property
+    def context(self) -> Floats:
+        """What a goal-conditioned policy is told, (2,): the direction as a unit vector."""
+        return np.array([np.cos(self.goal), np.sin(self.goal)])
 
     def step(self, action: Any) -> Any:
         """One step; the direction's reward takes the place of the forward one."""
@@ -136,6 +148,32 @@ class HopperRandParams(HopperEnv):
         return 1.0
 
 
+class Goals(gymnasium.Wrapper[Any, Any, Any, Any]):
+    """A family as one task: an episode draws a goal of the grid, and observations end in it."""
+
+    def __init__(self, env: Any, grid: tuple[float, ...]) -> None:
+        """`env` has a `goal` and its `context`."""
+        super().__init__(env)
+        self.grid = grid
+        width = env.observation_space.shape[0] + len(env.context)
+        self.observation_space = Box(-np.inf, np.inf, (width,), np.float64)
+
+    def observed(self, obs: Floats) -> Floats:
+        """The member's observation with the context behind it."""
+        return np.concatenate([obs, self.env.unwrapped.context])  # type: ignore[attr-defined]
+
+    def reset(self, **kwargs: Any) -> tuple[Floats, dict[str, Any]]:
+        """Another goal, drawn by the environment's own generator after its reset."""
+        obs, info = self.env.reset(**kwargs)
+        self.env.unwrapped.goal = float(self.np_random.choice(self.grid))  # type: ignore[attr-defined]
+        return self.observed(obs), info
+
+    def step(self, action: Any) -> Any:
+        """The member's step."""
+        obs, *rest = self.env.step(action)
+        return self.observed(obs), *rest
+
+
 def make(family: str, member: int | None = None, **kwargs: Any) -> Any:
     """The entry point of the registered ids."""
     if member is not None:
@@ -147,4 +185,7 @@ def make(family: str, member: int | None = None, **kwargs: Any) -> Any:
     kinds = {
         kind.__name__: kind for kind in (CheetahVel, AntDir, WalkerRandParams, HopperRandParams)
     }
+    grid = {"CheetahVelGoals": CHEETAH_VELOCITIES, "AntDirGoals": ANT_DIRECTIONS}.get(family)
+    if grid is not None:
+        return Goals(kinds[family.removesuffix("Goals")](**kwargs), grid)
     return kinds[family](**kwargs)

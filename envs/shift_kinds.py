@@ -526,6 +526,7 @@ class Scale(Kind):
         self.quantity, self.element = quantity, element
         self.scale = _number(scale, "scale", where)
         self.now = 0.0
+        self.scratch: Any = None
 
     def bind(self, env: Env, where: str) -> None:
         """Keep the nominal values: scaling never accumulates."""
@@ -577,7 +578,8 @@ class Scale(Kind):
                 import mujoco
 
                 # On data of its own: it would move the simulated state to the reference pose.
-                mujoco.mj_setConst(self.model, mujoco.MjData(self.model))
+                self.scratch = self.scratch or mujoco.MjData(self.model)
+                mujoco.mj_setConst(self.model, self.scratch)
             self.now = alpha
 
     def params(self, alpha: float) -> dict[str, float]:

@@ -111,27 +111,35 @@ class RunPolicy:
     uniform = False
     noise_width = 0
 
-    def __init__(self, agent: Any, name: str) -> None:
-        """Wraps an agent of one seed."""
+    def __init__(self, agent: Any, name: str, context: Rows | None = None) -> None:
+        """Wraps an agent of one seed; `context` is appended to every observation."""
         self.agent = agent
         self.name = name
+        self.context = np.zeros(0, np.float32) if context is None else context.astype(np.float32)
 
     def act(self, obs: Rows, noise: Rows) -> tuple[Rows, Rows | None]:
         """See `Policy`; agents export no density."""
         import torch
 
-        action = self.agent.run(self.agent.act, torch.from_numpy(obs), True)
+        told = np.broadcast_to(self.context, (len(obs), len(self.context)))
+        seen = torch.from_numpy(np.concatenate([obs, told], -1))
+        action = self.agent.run(self.agent.act, seen, True)
         return action.cpu().numpy(), None
 
 
-def load_policy_from_run(spec: str, obs_width: int) -> RunPolicy:
-    """The agent of a run folder's latest checkpoint, one seed (`RUN_DIR#k` of several)."""
+def load_policy_from_run(spec: str, obs_width: int, context: Rows | None = None) -> RunPolicy:
+    """The agent of a run folder's latest checkpoint, one seed (`RUN_DIR#k` of several).
+
+    One that observes `context` too, a task's goal, is told it in every step.
+    """
     from rl_shift.runs import load_agent
 
     agent, _, _ = load_agent(spec)
     if agent.seeds > 1:
         raise UserError(f"policy {spec} holds {agent.seeds} seeds; name one, such as {spec}#0")
     wanted = agent.observation_space.shape
+    if context is not None and wanted == (obs_width + len(context),):
+        return RunPolicy(agent.cpu(), Path(spec).name, context)
     if wanted != (obs_width,):
         raise UserError(
             f"policy {spec} observes {wanted}, the environment gives ({obs_width},); choose the "
@@ -140,13 +148,18 @@ def load_policy_from_run(spec: str, obs_width: int) -> RunPolicy:
     return RunPolicy(agent.cpu(), Path(spec).name)
 
 
-def load_policy(policy: str | Path, obs_width: int, action_width: int) -> Policy:
-    """The policy named "random", an npz file or a run folder, checked against the environment."""
+def load_policy(
+    policy: str | Path, obs_width: int, action_width: int, context: Rows | None = None
+) -> Policy:
+    """The policy named "random", an npz file or a run folder, checked against the environment.
+
+    `context`: the goal of an environment that has one, for runs that observe it.
+    """
     if str(policy) == "random":
         return RandomPolicy(action_width)
     path = Path(policy)
     if path.suffix != ".npz":
-        return load_policy_from_run(str(policy), obs_width)
+        return load_policy_from_run(str(policy), obs_width, context)
     loaded = TanhGaussianPolicy.load(path)
     if (loaded.obs_width, loaded.noise_width) != (obs_width, action_width):
         raise UserError(

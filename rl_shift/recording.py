@@ -68,7 +68,8 @@ def record(
     flagged as a timeout. Equal arguments give an equal file on the same machine.
 
     Args:
-        policies: "random", npz files of the Deep OPE layout, or run folders.
+        policies: "random", npz files of the Deep OPE layout, or run folders; a run that observes
+            the environment's goal too (its `context`) is told it.
         env_id: a Gymnasium id; actions are recorded in [-1, 1].
         steps: transitions in all.
         out: the file to write; an existing one is replaced.
@@ -87,7 +88,8 @@ def record(
         raise UserError(f"--noise {noise} is negative; give a standard deviation")
     _check_writable(out)
     envs = [make_env(env_id) for _ in range(lanes)]
-    loaded = [load_policy(policy, *_widths(envs[0], env_id)) for policy in policies]
+    context = getattr(envs[0].unwrapped, "context", None)
+    loaded = [load_policy(policy, *_widths(envs[0], env_id), context) for policy in policies]
     shares = [steps // len(loaded) + (k < steps % len(loaded)) for k in range(len(loaded))]
     parts: list[Arrays] = []
     for k, (policy, share) in enumerate(zip(loaded, shares, strict=True)):

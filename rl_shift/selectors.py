@@ -27,6 +27,7 @@ from rl_shift.errors import UserError
 Indices = NDArray[np.int64]
 Floats = NDArray[np.float64]
 _BLOCK = 2**15  # rows given to a network at once
+_VISITS = 20_000  # rows that all roll-outs together visit at most, or as many as are kept
 _POOL = 20_000  # rows that greedy selectors look at, at least 4 times the budget
 
 
@@ -58,13 +59,17 @@ class RollOutSettings:
     Attributes:
         lanes: roll-outs side by side.
         horizon: steps of one roll-out.
+        reach: how far the nearest row may be, in units of the data's own neighbour distances (95th
+            percentile). At 1 a roll-out inside the data ends after some 20 steps, and what is kept
+            are the starts of episodes.
         action_weight: w of d = |M(s) - M(s_hat)|^2 + w |a - pi(s)|^2, which prefers rows whose
             action the policy would take.
         project: go on from the real state that was found; False: from the model's prediction.
     """
 
-    lanes: int = 10
+    lanes: int = 50
     horizon: int = 1000
+    reach: float = 4.0
     action_weight: float = 0.0
     project: bool = True
 
@@ -127,10 +132,10 @@ class Nearest:
 class RollOuts:
     """MBES: lanes of model roll-outs whose nearest real rows are kept.
 
-    Roll-outs visit about `lanes * horizon` rows, each at most once, and an even share of them is
-    kept, so that late states of an episode count as much as early ones. A lane begins anew at the
-    start of a random episode after `horizon` steps, after a row that terminates, and where the
-    nearest unused row is farther than the 95th percentile of the data's own neighbour distances.
+    Roll-outs visit up to `lanes * horizon` or 20,000 rows, each at most once, and an even share of
+    them is kept, so that late states of an episode count as much as early ones. A lane begins anew
+    at the start of a random episode after `horizon` steps, after a row that terminates, and where
+    the nearest unused row is out of reach.
     The number of roll-outs is capped; what is missing then is filled with the unused rows nearest
     to those found.
     """
@@ -148,7 +153,8 @@ class RollOuts:
         self.arrays = sources.data.arrays()
         rows = len(sources.data)
         self.budget = min(budget, rows)
-        thinning = max(1, min(settings.lanes * settings.horizon, rows // 2) // self.budget)
+        most = min(settings.lanes * settings.horizon, rows // 2, _VISITS)
+        thinning = max(1, most // self.budget)
         self.wanted = self.budget * thinning
         self.most = 10 * settings.lanes + self.wanted // 4
         extra = None
@@ -162,7 +168,7 @@ class RollOuts:
         self.visited: list[int] = []
         self.kept: Indices | None = None
         self.begun, self.filled = 0, 0
-        self.limit = self.nearest.neighbour_distance(0.95, generator)
+        self.limit = settings.reach * self.nearest.neighbour_distance(0.95, generator)
         self.age = np.zeros(settings.lanes, dtype=np.int64)
         self.state = np.zeros((settings.lanes, self.obs.shape[1]), dtype=np.float32)
         for lane in range(settings.lanes):

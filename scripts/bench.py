@@ -18,7 +18,7 @@ import sys
 from pathlib import Path
 from typing import Any
 
-SECTIONS = ("updates", "sampling", "loading", "evaluation", "seeds", "memory", "online")
+SECTIONS = ("updates", "sampling", "loading", "evaluation", "seeds", "memory", "online", "worlds")
 AGENTS = ("td3_bc", "iql")
 
 
@@ -58,6 +58,7 @@ def run(args: argparse.Namespace) -> list[Any]:
     from bench_data import evaluation_section, loading_section, memory_section, sampling_section
     from bench_online import online_section
     from bench_updates import default_levels, make_arrays, seeds_section, updates_section
+    from bench_worlds import worlds_section
 
     from rl_shift.benchmark import environment, load_average, table, write_json
 
@@ -96,6 +97,7 @@ def run(args: argparse.Namespace) -> list[Any]:
             progress=say,
         ),
         "online": lambda name: online_section(modes=modes, **timing),
+        "worlds": lambda name: worlds_section(**timing),
         "memory": lambda name: memory_section(name, rows=args.rows, modes=modes, progress=say),
     }
     rows = []

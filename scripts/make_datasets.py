@@ -1,8 +1,11 @@
-"""Rebuild the data of RESULTS.md: sets in D4RL's layout, rolled out from the Deep OPE policies."""
+"""Rebuild the data of RESULTS.md in D4RL's layout: Deep OPE policies, task families, a replay."""
 
 import argparse
+import json
 import os
+import shutil
 import sys
+import tempfile
 import time
 from pathlib import Path
 
@@ -72,6 +75,78 @@ def replay(arguments: argparse.Namespace) -> None:
     print(f"{path}: {path.stat().st_size / 1e6:.1f} MB")
 
 
+def trained(folder: Path, name: str, env_steps: int) -> None:
+    """A SAC run that observes the goal, brought to `env_steps`; one seed, 8 lanes."""
+    from rl_shift import api, runs
+
+    if not (folder / "checkpoints").is_dir():
+        api.train(
+            "sac", env=f"rl_shift/{name}Goals-v0", env_steps=env_steps, run_dir=folder, lanes=8,
+            compile="on", save_every=40_000, log_every=4000, eval_every=40_000, overwrite=True,
+        )  # fmt: skip
+        return
+    results = folder / "results.json"
+    found = json.loads(results.read_text()) if results.is_file() else {}
+    if found.get("status") != "finished":
+        runs.resume(folder)
+        found = json.loads(results.read_text())
+    if found["env_steps"] < env_steps:
+        runs.resume(folder, env_steps=env_steps)
+
+
+def mean_return(policy: str | Path, env: str, folder: Path) -> float:
+    """Of 20 episodes, on seeds that no dataset has."""
+    from rl_shift.datasets import episode_returns, load
+    from rl_shift.recording import record
+
+    with tempfile.TemporaryDirectory(dir=folder) as scratch:
+        path = record([policy], env, 4000, Path(scratch) / "episodes.hdf5", seed=2**20)
+        return float(episode_returns(load(path, cache=False)).mean())
+
+
+def family(arguments: argparse.Namespace) -> None:
+    """One goal-conditioned SAC, then random, medium and expert data of every member.
+
+    Medium is the agent after `--medium-steps`. Reference scores: the mean returns of the random
+    policy and of the expert, 20 episodes each.
+    """
+    from rl_shift.recording import record
+
+    name, out = arguments.family, arguments.out
+    out.mkdir(parents=True, exist_ok=True)
+    medium, expert = out / f"{name}.sac-medium", out / f"{name}.sac-expert"
+    trained(medium, name, arguments.medium_steps)
+    if not expert.exists():
+        copy = expert.with_name(expert.name + ".partial")
+        shutil.rmtree(copy, ignore_errors=True)
+        shutil.copytree(medium, copy)
+        copy.rename(expert)
+    trained(expert, name, arguments.env_steps)
+    policies: dict[str, str | Path] = {"random": "random", "medium": medium, "expert": expert}
+    table: dict[str, dict[str, float]] = {}
+    for member in arguments.member:
+        env = f"rl_shift/{name}-{member}-v0"
+        table[env] = {k: mean_return(policy, env, out) for k, policy in policies.items()}
+        print(env, {k: round(v, 1) for k, v in table[env].items()}, flush=True)
+        for quality, policy in policies.items():
+            path = out / f"rlshift-{name.lower()}-{member}-{quality}-v0.hdf5"
+            if path.exists():
+                print(f"{path}: exists", flush=True)
+                continue
+            record(
+                [policy],
+                env,
+                arguments.steps,
+                path,
+                seed=arguments.seed,
+                origin=f"rl_shift: {name}, {quality} policy of a goal-conditioned SAC of ours",
+                reference_scores=(table[env]["random"], table[env]["expert"]),
+            )
+    written = out / f".{name}.returns.json.partial"
+    written.write_text(json.dumps(table, indent=2))
+    written.rename(out / f"{name}.returns.json")
+
+
 def main() -> int:
     """Parses the command line; 0, or 2 after a mistake the user can mend."""
     parser = argparse.ArgumentParser(description=__doc__)
@@ -84,6 +159,15 @@ def main() -> int:
     command.add_argument("--policies", type=Path, help="default: $RL_SHIFT_DATA/policies/deep_ope")
     command.add_argument("--seed", type=int, default=0)
     command.set_defaults(run=deep_ope)
+    command = commands.add_parser("family", help="members of a family of tasks, from SACs of ours")
+    command.add_argument("family", choices=("CheetahVel", "AntDir"))
+    command.add_argument("--member", action="append", type=int, required=True)
+    command.add_argument("--steps", type=int, default=100_000, help="of each dataset")
+    command.add_argument("--medium-steps", type=int, default=80_000, help="env steps until medium")
+    command.add_argument("--env-steps", type=int, default=400_000, help="env steps until expert")
+    command.add_argument("--out", type=Path, default=Path("datasets"))
+    command.add_argument("--seed", type=int, default=0)
+    command.set_defaults(run=family)
     command = commands.add_parser("replay", help="episodes of a trained run's replay buffer")
     command.add_argument("run_dir", type=Path, help="such as runs/sac.Hopper-v5.seed0")
     command.add_argument("--rows", type=int, default=45_000, help="at most; default 45000")

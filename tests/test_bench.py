@@ -206,3 +206,12 @@ def test_online_equals_its_reference_and_iterates(
     plain = online.PlainPPO(online.envs.make_env(online.ENV))
     monkeypatch.setattr(online, "ROLLOUT", 64)
     plain.iteration()
+
+
+def test_worlds_walk_bare_and_under_shifts(script: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    worlds = script("bench_worlds")
+    monkeypatch.setattr(worlds, "STEPS", 20)
+    rows = worlds.worlds_section(rounds=1, seconds=0.01)
+    assert len(rows) == 1 + sum(len(shifts) for shifts in worlds.GROUPS.values())
+    assert all(row.unit == "env steps/s" and row.rates[0] > 0 for row in rows)
+    assert [row.ratios for row in rows if row.name == row.reference] == [[1.0]] * 3

@@ -77,6 +77,31 @@ def test_ant_dir() -> None:
     assert env.step(np.zeros(8, np.float32))[2]
 
 
+@pytest.mark.parametrize(("name", "sizes"), [("CheetahVel", (20, 1)), ("AntDir", (27, 2))])
+def test_goals_are_drawn_per_episode_and_shown(name: str, sizes: tuple[int, int]) -> None:
+    env, inner = envs.make_env(f"rl_shift/{name}Goals-v0"), envs.make_env(f"rl_shift/{name}-7-v0")
+    grid = families.CHEETAH_VELOCITIES if name == "CheetahVel" else families.ANT_DIRECTIONS
+    goals = []
+    for episode in range(5):
+        obs, _ = env.reset(seed=3 if episode == 0 else None)
+        goal = env.unwrapped.goal  # type: ignore[attr-defined]
+        told = [goal] if name == "CheetahVel" else [np.cos(goal), np.sin(goal)]
+        assert obs.shape == (sum(sizes),) and goal in grid
+        np.testing.assert_allclose(obs[sizes[0] :], told, rtol=1e-6)
+        goals.append(goal)
+    assert len(set(goals)) > 1
+    plain, _ = inner.reset(seed=11)
+    obs, _ = env.reset(seed=11)
+    np.testing.assert_array_equal(obs[: sizes[0]], plain)  # the goal moves nothing else
+    env.unwrapped.goal = inner.unwrapped.goal  # type: ignore[attr-defined]
+    for action in ACTIONS[:3]:
+        (seen, reward, *_), (other, expected, *_) = (
+            e.step(action[: inner.action_space.shape[0]]) for e in (env, inner)  # type: ignore[index]
+        )  # fmt: skip
+        np.testing.assert_array_equal(seen[: sizes[0]], other)
+        assert reward == expected
+
+
 @pytest.mark.parametrize(
     ("id", "base", "sizes"),
     [

@@ -1,6 +1,7 @@
 """Rollouts written in D4RL's layout, from npz policies, random actions and trained agents."""
 
 import importlib.util
+import json
 import sys
 from pathlib import Path
 from types import ModuleType
@@ -12,6 +13,7 @@ import pytest
 import torch
 from gymnasium import spaces
 
+import rl_shift
 from rl_shift import datasets, policies
 from rl_shift.envs import make_env
 from rl_shift.errors import UserError
@@ -270,6 +272,47 @@ def test_deep_ope_sets(
     assert script.main() == 2
     assert "--policies DIR" in capsys.readouterr().err
     assert script.file_name("walker2d", "mixed", 500_000) == "deep-ope-walker2d-mixed-500k.hdf5"
+
+
+def test_a_family_from_one_goal_conditioned_agent(
+    script: ModuleType,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    train = rl_shift.train
+    small = {
+        "agent_config": {"hidden": [8], "warmup_steps": 8, "batch_size": 8},
+        "eval_episodes": 1,
+    }
+    quick = lambda agent, **asked: train(agent, **(asked | small | {"compile": "off"}))  # noqa: E731
+    monkeypatch.setattr("rl_shift.api.train", quick)
+    told: list[np.ndarray] = []
+    act = policies.RunPolicy.act
+
+    def watched(self: policies.RunPolicy, obs: np.ndarray, noise: np.ndarray) -> object:
+        told.append(self.context)
+        return act(self, obs, noise)
+
+    monkeypatch.setattr(policies.RunPolicy, "act", watched)
+    command = ["make_datasets.py", "family", "CheetahVel", "--steps", "40", "--out", str(tmp_path)]
+    command += ["--medium-steps", "24", "--env-steps", "48", "--member"]
+    monkeypatch.setattr(sys, "argv", [*command, "7"])
+    assert script.main() == 0
+    np.testing.assert_allclose(np.unique(told), [0.6])
+    table = json.loads((tmp_path / "CheetahVel.returns.json").read_text())
+    returns = table["rl_shift/CheetahVel-7-v0"]
+    assert set(returns) == {"random", "medium", "expert"}
+    made = [tmp_path / f"rlshift-cheetahvel-7-{quality}-v0.hdf5" for quality in returns]
+    info = datasets.resolve(made[0])
+    assert info.env_id == "rl_shift/CheetahVel-7-v0"
+    assert info.reference_scores == (returns["random"], returns["expert"])
+    assert not list(tmp_path.glob("tmp*")) and not list(tmp_path.glob("*partial"))
+    times = [path.stat().st_mtime_ns for path in made]
+    monkeypatch.setattr(sys, "argv", [*command, "7", "--member", "9"])  # one more member
+    assert script.main() == 0 and times == [path.stat().st_mtime_ns for path in made]
+    assert "exists" in capsys.readouterr().out
+    assert (tmp_path / "rlshift-cheetahvel-9-expert-v0.hdf5").exists()
 
 
 def test_the_genuine_policies(shared_data: Path, tmp_path: Path) -> None:

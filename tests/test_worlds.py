@@ -94,6 +94,17 @@ def test_collected_cells_stay_empty_far_beyond_what_is_held_in_memory() -> None:
     assert env.cells.nbytes == 160 * 160
 
 
+def test_memory_is_one_bit_per_cell_of_the_patches_where_something_was_taken() -> None:
+    env = jellybean(3)
+    walk(env, [FORWARD] * 3200)
+    assert len(env.collected) <= 101 and {len(b) for b in env.collected.values()} == {128}
+    assert sum(b.bit_count() for b in map(int.from_bytes, env.collected.values())) == sum(
+        env.counts
+    )
+    state = env.state()
+    assert state["collected"].shape == (len(env.collected), 128)
+
+
 def test_only_the_horizon_truncates_and_the_life_goes_on() -> None:
     env = jellybean(0, horizon=50)
     steps = walk(env, [FORWARD] * 100)
