@@ -279,13 +279,15 @@ def resolve(agent_name: str, layers: Sequence[Layer], flags: Sequence[str] = ())
     parser = run_parser(config_class, count)
 
     own = [parser.layer(_without_datasets(data), where) for where, data in indexed]
-    from_flags = parser.flags(flags)
+    whole, parts = parser.parts(flags)
+    from_flags = parser.flags(whole)
     named_last = [v["tasks.0.dataset"] for v in (*own, from_flags) if "tasks.0.dataset" in v]
     dataset = Path(str(named_last[-1])).stem if named_last else ""
     values = parser.defaults()
     for (where, data), plain_values in zip(indexed, own, strict=True):
         values |= plain_values | _values_for(dataset, parser, data.get("datasets") or {}, where)
     values |= from_flags
+    values |= {key: {**(values.get(key) or {}), **entries} for key, entries in parts.items()}
     tasks = [build(TaskSettings, values, f"tasks.{i}.") for i in range(count)]
     run = {o.key: values[o.key] for o in _run_options()}
     agent = _with_base(build(config_class, values, "agent."))

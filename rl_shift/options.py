@@ -11,6 +11,7 @@ from dataclasses import dataclass
 from typing import Any, Literal, NoReturn, TypeVar
 
 import jsonargparse
+import yaml
 
 from rl_shift.errors import UserError, nearest
 
@@ -34,6 +35,10 @@ class Option:
     def flag(self) -> str:
         """`--agent.learning_rate`, `--log-every`."""
         return flag_name("--" + self.key)
+
+
+def _is_mapping(hint: Any) -> bool:
+    return typing.get_origin(hint) is dict
 
 
 class OneLineParser(jsonargparse.ArgumentParser):
@@ -93,6 +98,30 @@ class Parser:
                 raise _wrong_type(name, option, text, "the command line") from error
             values[option.key] = space[option.key]
         return values
+
+    def parts(self, flags: Sequence[str]) -> tuple[list[str], dict[str, dict[str, Any]]]:
+        """The flags without `--key.part=value` of a mapping, and those parts by the mapping's key.
+
+        `--agent.base_config.tau=0.01` changes one entry and leaves the others as a preset has them;
+        whoever reads the mapping checks the entry's name and type.
+        """
+        mappings = {f"{o.flag}.": o.key for o in self.options.values() if _is_mapping(o.hint)}
+        left: list[str] = []
+        found: dict[str, dict[str, Any]] = {}
+        for flag in flags:
+            name, equals, text = flag.partition("=")
+            prefix = next((p for p in mappings if name.startswith(p)), None)
+            if prefix is None:
+                left.append(flag)
+            elif not equals:
+                raise UserError(f"{name} needs a value")
+            else:
+                entries = found.setdefault(mappings[prefix], {})
+                try:
+                    entries[name.removeprefix(prefix)] = yaml.safe_load(text)
+                except yaml.YAMLError as error:
+                    raise UserError(f"{name}: {text!r} is not YAML") from error
+        return left, found
 
     def _leaves(
         self, data: Mapping[str, Any], prefix: str, where: str

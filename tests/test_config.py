@@ -88,6 +88,17 @@ def test_short_flags_set_the_first_task() -> None:
     assert task.shift == {"gravity": 2}
 
 
+def test_one_entry_of_a_base_is_set_and_the_preset_keeps_the_others() -> None:
+    run = parsed("--preset", "reactive.reward", "--agent.base_config.entropy_coefficient", "1e-2")
+    assert run.agent.base_config["entropy_coefficient"] == 0.01
+    assert run.agent.base_config["batch_size"] == 256
+    for flag, message in {
+        "clipp=1": "did you mean 'clip'", "clip=x": "must be float", "hidden=[1": "is not YAML",
+    }.items():  # fmt: skip
+        with pytest.raises(UserError, match=message):
+            parsed("--preset", "reactive.reward", f"--agent.base_config.{flag}")
+
+
 def test_further_tasks_by_flags_and_files(tmp_path: Path) -> None:
     file = written(tmp_path / "two.yaml", "tasks:\n- {dataset: a, updates: 1}\n- {dataset: b}\n")
     run = parsed("bc", "--config", file, "--tasks.1.updates", "20", "--tasks.2.env=E-v0",
