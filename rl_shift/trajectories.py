@@ -33,7 +33,9 @@ def window_starts(buffer: Buffer, length: int, stride: int) -> tuple[Tensor, flo
     """First rows of the windows to learn from, and the share of rows in episodes too short for any.
 
     Every `stride`-th start within an episode, every episode's start and every start whose window
-    ends on a termination; none whose window ends on a truncation.
+    ends on a termination; none whose window ends on a truncation. A row within an episode lies in
+    `length / stride` windows, its last one only in one: windows that end on a termination are
+    listed that often, so that terminations are as frequent in the windows as in the data (ours).
 
     Args:
         buffer: flat data.
@@ -55,7 +57,8 @@ def window_starts(buffer: Buffer, length: int, stride: int) -> tuple[Tensor, flo
     keep |= valid == episodes[episode[valid], 0]
     keep |= terminated[last]
     keep &= terminated[last] | (last + 1 < episodes[episode[valid], 1])
-    starts = valid[keep]
+    often = max(1, round(length / stride))
+    starts = valid.repeat_interleave(torch.where(terminated[last], often, 1) * keep)
     if not len(starts):
         longest = int(torch.where(terminated[episodes[:, 1] - 1], lengths, lengths - 1).max())
         raise UserError(

@@ -252,7 +252,16 @@ def test_windows_that_fit_nowhere_name_the_longest() -> None:
     with pytest.raises(UserError, match="the longest usable window has 19; choose a shorter one"):
         window_starts(episodes([10, 20, 19], [True, False, True]), 32, 8)
     starts, _ = window_starts(episodes([10, 20, 19], [True, False, True]), 19, 8)
-    assert starts.tolist() == [10, 30]
+    assert starts.tolist() == [10, 30, 30]  # 19 rows, every 8th: the terminating one twice
+
+
+@pytest.mark.parametrize(("length", "stride"), [(8, 1), (8, 2), (32, 8)])
+def test_terminations_are_as_frequent_in_windows_as_in_the_data(length: int, stride: int) -> None:
+    buffer = episodes([400] * 20, [True] * 20)
+    starts, _ = window_starts(buffer, length, stride)
+    ends = buffer.take(starts + length - 1)["terminated"]
+    moves = len(starts) * (length - 1)  # transitions that generated windows of this kind give
+    assert float(ends.sum()) / (moves + float(ends.sum())) == pytest.approx(1 / 400, rel=0.2)
 
 
 def test_encoding_and_back() -> None:
