@@ -7,6 +7,7 @@ not fit together is never averaged: a run that does not belong is named.
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -62,6 +63,11 @@ class Leg:
     data: str | None  # id of the dataset
     origin: str | None
     sha256: str | None
+
+    @property
+    def title(self) -> str:
+        """The task's name with its shift: two lives under different shifts are two tasks."""
+        return self.name if self.shift == "null" else f"{self.name}, {self.shift.strip(chr(34))}"
 
 
 @dataclass(frozen=True)
@@ -208,7 +214,8 @@ def _run(folder: Path, results: dict[str, Any]) -> Run:
         folder=folder,
         status=str(results["status"]),
         agent=str(results["agent"]),
-        settings={**results["agent_config"], "precision": str(results["precision"])},
+        settings={k: _of_any_seed(v) for k, v in results["agent_config"].items()}
+        | {"precision": str(results["precision"])},
         legs=legs,
         seeds=seeds,
         evaluations=tuple(_episodes(e, len(seeds), len(legs)) for e in results["evaluations"]),
@@ -220,6 +227,13 @@ def _run(folder: Path, results: dict[str, Any]) -> Run:
         errors={str(k): str(v) for k, v in results.get("errors", {}).items()},
         extra={k: v for k, v in results.items() if k not in KNOWN},
     )
+
+
+def _of_any_seed(value: Any) -> Any:
+    """A setting without the seed in RUN_DIR#k: runs around the seeds of one run are seeds too."""
+    if isinstance(value, str):
+        return re.sub(r"#\d+$", "", value)
+    return [_of_any_seed(part) for part in value] if isinstance(value, list) else value
 
 
 def _leg(task: Mapping[str, Any]) -> Leg:

@@ -20,7 +20,7 @@ def sections(found: Gathered) -> list[Section]:
     groups: defaultdict[tuple[str, str], list[Run]] = defaultdict(list)
     for label, run in _labelled(found):
         if len(run.legs) == 1:
-            groups[run.legs[0].name, label].append(run)
+            groups[run.legs[0].title, label].append(run)
     titles = _titles([group[0] for group in groups.values()], found)
     made: dict[tuple[str, str], Section] = {}
     for (_, label), group in sorted(groups.items()):
@@ -40,7 +40,7 @@ def chains(found: Gathered) -> list[Chain]:
     groups: defaultdict[tuple[Any, ...], list[Run]] = defaultdict(list)
     for label, run in _labelled(found, quiet=True):
         if len(run.legs) > 1:
-            groups[label, *(leg.name for leg in run.legs)].append(run)
+            groups[label, *(leg.title for leg in run.legs)].append(run)
     return [
         Chain(label, *_averaged(f"{label} on {', '.join(names)}", group, found))
         for (label, *names), group in sorted(groups.items())
@@ -77,7 +77,7 @@ def labels(runs: Sequence[Run]) -> Callable[[Run], str]:
     tried: defaultdict[tuple[Any, ...], list[Run]] = defaultdict(list)
     for run in runs:
         short[run.agent.rpartition(":")[2]].add(run.agent)
-        tried[run.agent, *(leg.name for leg in run.legs)].append(run)
+        tried[run.agent, *(leg.title for leg in run.legs)].append(run)
     shown: defaultdict[str, set[str]] = defaultdict(set)
     for (agent, *_), same in tried.items():
         keys = {key for run in same for key in run.settings}

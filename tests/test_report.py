@@ -153,7 +153,6 @@ def test_a_task_without_reference_scores_shows_returns() -> None:
         ({"updates": 300}, "budget of updates 200 in x, but 300 in y"),
         ({"data_mode": "legacy_qlearning"}, "data mode native in x"),
         ({"reward": "normalize"}, "reward raw in x"),
-        ({"shift": {"gravity": 2}}, "shift"),
         ({"seeds": (2, 3)}, "seed 2 occurs more than once, in x, y"),
     ],
 )
@@ -170,6 +169,23 @@ def test_what_is_not_comparable_is_not_averaged(
     text = Path("report/report.md").read_text(encoding="utf-8")
     assert "| one | not averaged |" in text
     assert "**Left out**" in text
+
+
+def test_shifts_are_tasks_of_their_own() -> None:
+    write("runs/x", results())
+    write("runs/y", results(shift={"gravity": 2}))
+    (section,) = sections(gather(["runs"]))
+    assert len(section.cells) == 2
+    assert sum("gravity" in row for row, _ in section.cells) == 1
+
+
+def test_seeds_around_seeds_of_another_run_are_averaged() -> None:
+    for seed in (0, 1):
+        base = {"learners": [f"runs/a#{seed}", f"runs/b#{seed}"], "score": f"c#{seed}"}
+        write(f"runs/{seed}", results(seeds=(seed,), agent_config=base))
+    (section,) = sections(gather(["runs"]))
+    (found,) = section.cells.values()
+    assert found.seeds == [0, 1] and found.counts
 
 
 def test_agents_on_different_data_have_rows_of_their_own() -> None:
