@@ -11,7 +11,7 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Self
 
 import numpy as np
 import torch
@@ -218,7 +218,7 @@ class Buffer:
         episode_end: np.ndarray[Any, Any] | Tensor | None = None,
         *,
         stream: str = "sampler",
-    ) -> Buffer:
+    ) -> Self:
         """A flat buffer around rows that are packed already; on the CPU nothing is copied.
 
         Args:

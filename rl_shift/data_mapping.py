@@ -8,14 +8,16 @@ where the rows would take more than half of the memory that is free, and says so
 from __future__ import annotations
 
 import json
+import mmap
 import os
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import suppress
 from pathlib import Path
 from typing import Any, Literal
 
 import numpy as np
 import torch
+from torch import Tensor
 
 from rl_shift import dataset_cache, datasets
 from rl_shift.buffer import Buffer
@@ -29,21 +31,51 @@ COPIES = 2  # of the rows, while they are loaded into memory: the file's arrays,
 FORMAT = 1
 
 
+class Mapped(Buffer):
+    """A Buffer whose rows the system reads from a file when they are drawn."""
+
+    def watch(self, mapping: mmap.mmap) -> None:
+        """Take the mapping of the rows; from now on they are drawn at random."""
+        self._mapping = mapping
+        self._advise("MADV_RANDOM")
+
+    def statistics(self, key: str) -> tuple[Tensor, Tensor]:
+        """As `Buffer.statistics`, reading ahead."""
+        self._advise("MADV_SEQUENTIAL")
+        found = super().statistics(key)
+        self._advise("MADV_RANDOM")
+        return found
+
+    def _advise(self, advice: str) -> None:
+        """Say how rows will be read: pages around a random row only push others out of memory."""
+        if hasattr(mmap, advice):  # not on every system
+            self._mapping.madvise(getattr(mmap, advice))
+
+
+def _limits() -> Iterator[tuple[Path, Path]]:
+    """Files with the limit and the use of memory of this process's control groups."""
+    v1, v2 = Path("/sys/fs/cgroup/memory"), Path("/sys/fs/cgroup")
+    groups = {(v1, "/"), (v2, "/")}
+    with suppress(OSError, ValueError):
+        for line in Path("/proc/self/cgroup").read_text(encoding="utf-8").splitlines():
+            _, kind, group = line.split(":", 2)
+            if kind == "" or "memory" in kind.split(","):
+                groups.add((v1 if kind else v2, group))
+    for root, group in sorted(groups):
+        folder = root / group.lstrip("/")
+        names = ("limit_in_bytes", "usage_in_bytes") if root == v1 else ("max", "current")
+        yield folder / f"memory.{names[0]}", folder / f"memory.{names[1]}"
+
+
 def free_memory() -> int:
     """Bytes that this process can still use: what the system has free, cut to the container's."""
     found = [2**62]
     with suppress(OSError, ValueError, IndexError):
         lines = Path("/proc/meminfo").read_text(encoding="utf-8").splitlines()
         found.append(1024 * int(next(x for x in lines if x.startswith("MemAvailable")).split()[1]))
-    for limit, used in (
-        ("/sys/fs/cgroup/memory.max", "/sys/fs/cgroup/memory.current"),
-        (
-            "/sys/fs/cgroup/memory/memory.limit_in_bytes",
-            "/sys/fs/cgroup/memory/memory.usage_in_bytes",
-        ),
-    ):
+    for limit, used in _limits():
         with suppress(OSError, ValueError):
-            found.append(int(Path(limit).read_text()) - int(Path(used).read_text()))
+            found.append(int(limit.read_text()) - int(used.read_text()))
     return max(0, min(found))
 
 
@@ -128,7 +160,8 @@ def mapped_buffer(
             f"{info.id} cannot be read from disk while training: {refusal}; use --data-memory ram"
         )
     path = _packed(info, reward)
-    matrix = np.load(path, mmap_mode="c").view(np.ndarray)
+    mapped = np.load(path, mmap_mode="c")
+    matrix = mapped.view(np.ndarray)
     shapes = _shapes(info)
     flat = ((), torch.float32)
     spec: dict[str, Any] = {
@@ -141,7 +174,9 @@ def mapped_buffer(
         "task": ((), torch.int64),
     }
     tasks = {"task": np.full(len(matrix), task, dtype=np.int64)}
-    return Buffer.from_packed(spec, matrix, tasks, device, seeds)
+    buffer = Mapped.from_packed(spec, matrix, tasks, device, seeds)
+    buffer.watch(mapped._mmap)
+    return buffer
 
 
 def _refusal(

@@ -210,6 +210,28 @@ def test_it_is_chosen_where_memory_is_short(
     assert "cannot be read from disk" in capsys.readouterr().out
 
 
+def test_rows_are_read_ahead_for_statistics_only(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    advised: list[str] = []
+    monkeypatch.setattr(data_mapping.Mapped, "_advise", lambda self, how: advised.append(how))
+    info = datasets.resolve(made(tmp_path / "data.hdf5", 0.1))
+    buffer = data_mapping.mapped_buffer(info, 0)
+    buffer.statistics("obs")
+    assert advised == ["MADV_RANDOM", "MADV_SEQUENTIAL", "MADV_RANDOM"]
+
+
+def test_the_limit_of_the_own_control_group_counts(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for name, content in {"limit": 5000, "use": 2000}.items():
+        (tmp_path / name).write_text(f"{content}\n")
+    limits = [(tmp_path / "limit", tmp_path / "use"), (tmp_path / "absent", tmp_path / "absent")]
+    assert list(data_mapping._limits())
+    monkeypatch.setattr(data_mapping, "_limits", lambda: limits)
+    assert data_mapping.free_memory() == 3000
+
+
 def test_what_cannot_be_mapped_says_so(tmp_path: Path) -> None:
     path = made(tmp_path / "data.hdf5", 0.1)
     with pytest.raises(UserError, match="data mode legacy_qlearning needs all rows"):
