@@ -123,7 +123,10 @@ def family(arguments: argparse.Namespace) -> None:
         copy.rename(expert)
     trained(expert, name, arguments.env_steps)
     policies: dict[str, str | Path] = {"random": "random", "medium": medium, "expert": expert}
+    summary = out / f"{name}.returns.json"
     table: dict[str, dict[str, float]] = {}
+    if summary.is_file():  # of other members, made before
+        table = json.loads(summary.read_text())
     for member in arguments.member:
         env = f"rl_shift/{name}-{member}-v0"
         table[env] = {k: mean_return(policy, env, out) for k, policy in policies.items()}
@@ -142,9 +145,9 @@ def family(arguments: argparse.Namespace) -> None:
                 origin=f"rl_shift: {name}, {quality} policy of a goal-conditioned SAC of ours",
                 reference_scores=(table[env]["random"], table[env]["expert"]),
             )
-    written = out / f".{name}.returns.json.partial"
+    written = summary.with_name(f".{summary.name}.partial")
     written.write_text(json.dumps(table, indent=2))
-    written.rename(out / f"{name}.returns.json")
+    written.rename(summary)
 
 
 def main() -> int:
