@@ -76,6 +76,7 @@ class OER(Agent):
         select_updates: int = 100  # steps into which the selection is divided
         roll_outs: int = 50  # MBES: side by side
         horizon: int = 1000  # MBES: steps of a roll-out
+        reach: float = 4.0  # MBES: see rl_shift.selectors.RollOutSettings
         action_weight: float = 0.0  # MBES: prefers rows whose action the policy would take
         dynamics_updates: int = 5000  # MBES: at most, of the model ensemble
         dynamics_hidden: tuple[int, ...] = (200, 200, 200, 200)  # MOPO's
@@ -286,7 +287,12 @@ class OER(Agent):
                 ),
                 c.memory,
                 seeding.numpy_generator(self.seed, "select", self.kept.current),
-                selectors.RollOutSettings(c.roll_outs, c.horizon, c.action_weight),
+                selectors.RollOutSettings(
+                    lanes=c.roll_outs,
+                    horizon=c.horizon,
+                    reach=c.reach,
+                    action_weight=c.action_weight,
+                ),
             )
         )
 

@@ -52,7 +52,7 @@ class Sources:
     states: Tensor | None = None
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class RollOutSettings:
     """How MBES walks; our design.
 
@@ -210,7 +210,7 @@ class RollOuts:
         """The unused rows nearest to those visited; random ones where nothing was."""
         while (missing := self.budget - len(self.visited)) > 0:
             about = self.obs[
-                self.visited[:missing] or self.generator.integers(len(self.obs), size=1)
+                self.visited[:missing] or self.generator.integers(len(self.obs), size=missing)
             ]
             rows, _ = self.nearest(about.astype(np.float64), self.used)
             self.used[rows] = True

@@ -91,6 +91,16 @@ def assert_same(first: dict[str, Tensor], second: dict[str, Tensor], same: bool 
     assert all(torch.equal(first[k], second[k]) for k in first) is same
 
 
+def test_mbes_rolls_out_as_the_settings_say() -> None:
+    agent = make(reach=3.0, action_weight=0.5)
+    learn(agent, task_of("one"), data := data_of(), end=False)
+    selection = agent.selection(data)
+    assert vars(selection.settings) == {
+        "lanes": 3, "horizon": 10, "reach": 3.0, "action_weight": 0.5, "project": True,
+    }  # fmt: skip
+    assert selection.limit > 0
+
+
 # ---- acceptance checks -------------------------------------------------------------------------
 
 
