@@ -176,16 +176,12 @@ class Goals(gymnasium.Wrapper[Any, Any, Any, Any]):
 
 def make(family: str, member: int | None = None, **kwargs: Any) -> Any:
     """The entry point of the registered ids."""
-    if member is not None:
-        grids: dict[str, dict[str, Any]] = {
-            "CheetahVel": {"goal": CHEETAH_VELOCITIES[member % 40]},
-            "AntDir": {"goal": ANT_DIRECTIONS[member]},
-        }
-        kwargs |= grids.get(family, {"task": member})
+    goals = {"CheetahVel": CHEETAH_VELOCITIES, "AntDir": ANT_DIRECTIONS}
     kinds = {
         kind.__name__: kind for kind in (CheetahVel, AntDir, WalkerRandParams, HopperRandParams)
     }
-    grid = {"CheetahVelGoals": CHEETAH_VELOCITIES, "AntDirGoals": ANT_DIRECTIONS}.get(family)
-    if grid is not None:
-        return Goals(kinds[family.removesuffix("Goals")](**kwargs), grid)
-    return kinds[family](**kwargs)
+    name = family.removesuffix("Goals")
+    if member is not None:
+        kwargs |= {"goal": goals[name][member]} if name in goals else {"task": member}
+    env = kinds[name](**kwargs)
+    return env if name == family else Goals(env, goals[name])

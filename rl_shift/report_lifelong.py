@@ -23,7 +23,7 @@ from rl_shift.loggers import read_metrics
 from rl_shift.metrics import mean_interval
 from rl_shift.report_document import Block, Heading, Paragraph, Picture, Table
 from rl_shift.report_pictures import colours_of
-from rl_shift.report_runs import Gathered, Run
+from rl_shift.report_runs import Gathered, Run, shift_text
 from rl_shift.report_sections import labels
 
 SIGNALS = ("state_error", "reward_error", "shift_score")  # the last part of a logged name
@@ -57,7 +57,7 @@ def chapter(found: Gathered, pictures: Path | None) -> list[Block]:
             )
         )
     for number, ((env, shift), agents) in enumerate(groups.items()):
-        title = f"{env}, {shift.strip(chr(34)) if shift != 'null' else 'no shift'}"
+        title = f"{env}, {shift_text(shift)}"
         measured = {
             name: [shifts_of(life, env, shift) for _, life in lives]
             for name, lives in agents.items()

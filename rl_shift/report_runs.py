@@ -49,6 +49,11 @@ class Episodes:
     seed: int | None = None
 
 
+def shift_text(shift: str) -> str:
+    """A leg's shift, which is JSON, as a reader wrote it."""
+    return "no shift" if shift == "null" else shift.strip('"')
+
+
 @dataclass(frozen=True)
 class Leg:
     """A task as a run had it."""
@@ -67,7 +72,7 @@ class Leg:
     @property
     def title(self) -> str:
         """The task's name with its shift: two lives under different shifts are two tasks."""
-        return self.name if self.shift == "null" else f"{self.name}, {self.shift.strip(chr(34))}"
+        return self.name if self.shift == "null" else f"{self.name}, {shift_text(self.shift)}"
 
 
 @dataclass(frozen=True)

@@ -129,7 +129,8 @@ def family(arguments: argparse.Namespace) -> None:
         table = json.loads(summary.read_text())
     for member in arguments.member:
         env = f"rl_shift/{name}-{member}-v0"
-        table[env] = {k: mean_return(policy, env, out) for k, policy in policies.items()}
+        if env not in table:
+            table[env] = {k: mean_return(policy, env, out) for k, policy in policies.items()}
         print(env, {k: round(v, 1) for k, v in table[env].items()}, flush=True)
         for quality, policy in policies.items():
             path = out / f"rlshift-{name.lower()}-{member}-{quality}-v0.hdf5"

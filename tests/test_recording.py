@@ -281,12 +281,9 @@ def test_a_family_from_one_goal_conditioned_agent(
     capsys: pytest.CaptureFixture[str],
 ) -> None:
     train = rl_shift.train
-    small = {
-        "agent_config": {"hidden": [8], "warmup_steps": 8, "batch_size": 8},
-        "eval_episodes": 1,
-    }
-    quick = lambda agent, **asked: train(agent, **(asked | small | {"compile": "off"}))  # noqa: E731
-    monkeypatch.setattr("rl_shift.api.train", quick)
+    sac = {"hidden": [8], "warmup_steps": 8, "batch_size": 8}
+    tiny = {"agent_config": sac, "eval_episodes": 1, "compile": "off"}
+    monkeypatch.setattr("rl_shift.api.train", lambda agent, **asked: train(agent, **asked | tiny))
     told: list[np.ndarray] = []
     act = policies.RunPolicy.act
 
