@@ -1,4 +1,4 @@
-#!/usr/bin/env python3
+#!/usr/bin/env python
 """Compares learnt models with what is known exactly: scripts/diagnose.py WHAT RUN_DIR[#k].
 
 score RUN  a score model against the closed-form score of the tanh-Gaussian policy that collected

@@ -1,3 +1,4 @@
+#!/usr/bin/env python
 """Kill training with SIGKILL again and again; the end must be that of an uninterrupted run.
 
     scripts/kill_test.py td3_bc --dataset hopper-medium-v2 --updates 20000 --save-every 100

@@ -1,3 +1,4 @@
+#!/usr/bin/env python
 """Rebuild the data of RESULTS.md in D4RL's layout: Deep OPE policies, task families, a replay."""
 
 import argparse
