@@ -130,7 +130,8 @@ class ResidualMLP(nn.Module):
         shape: of one sample, such as (T, d) or (d,).
         width: of the blocks.
         depth: blocks.
-        embedding: width of the input's projection, to which the noise level is added.
+        embedding: width of the input's projection, to which the noise level is added; that of a
+            wider sample is as wide as the sample, or it would lose some of its directions (ours).
         fourier: random frequencies of the noise level.
     """
 
@@ -146,6 +147,7 @@ class ResidualMLP(nn.Module):
     ) -> None:
         super().__init__()
         inputs = math.prod(shape)
+        embedding = max(embedding, inputs)
         self.register_buffer("frequencies", torch.randn(fourier))
         self.level = nn.Sequential(
             nn.Linear(2 * fourier + 1, embedding), nn.SiLU(), nn.Linear(embedding, embedding)

@@ -147,7 +147,7 @@ class Sweep:
         begun = sum(has_checkpoint(job.folder) for job in todo)
         total = sum(map(len, self.jobs.values()))
         print(
-            f"sweep {self.out}: {len(self.planned)} runs in {total} processes: "
+            f"sweep {self.out}: {len(self.planned)} runs, {total} processes in all: "
             f"{total - len(todo)} finished, {begun} to go on with, {len(todo) - begun} new",
             flush=True,
         )

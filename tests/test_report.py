@@ -542,7 +542,7 @@ def test_reproduce_goes_on_with_what_is_missing(
     monkeypatch.setattr(sys, "argv", command)
     assert script.main() == 0
     out = capsys.readouterr().out
-    assert "1 runs in 1 processes: 1 finished" in out
+    assert "1 runs, 1 processes in all: 1 finished" in out
     final = Path("results/bc.hopper-medium.final.json")
     made = final.stat().st_mtime_ns
     report = Path("results/report/report.md").read_text(encoding="utf-8")

@@ -169,7 +169,7 @@ datasets: [{data.name}]
     monkeypatch.setattr(launcher, "Local", lambda n: Here(n, failing=(bad,), seen=seen))
     assert cli.main(argv) == 1
     out = capsys.readouterr().out
-    assert "2 runs in 3 processes: 0 finished, 0 to go on with, 3 new" in out
+    assert "2 runs, 3 processes in all: 0 finished, 0 to go on with, 3 new" in out
     assert "2 finished, 1 failed" in out
     assert f"{bad}: failed: no such luck" in out
     merged = read_json("out/two.pendulum.processes=2/results.json")
