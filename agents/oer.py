@@ -402,6 +402,13 @@ def _check(config: OER.Config) -> None:
             f"a memory of {min(config.memory, config.memory_total)} transitions keeps nothing: "
             "give agent.memory 1 or more (agent.coefficient 0 trains without a memory)"
         )
+    if not config.reach > 0:
+        raise UserError(
+            f"agent.reach {config.reach:g} lets no roll-out go on: give a positive number, in "
+            "units of the data's own neighbour distances (4 by default)"
+        )
+    if config.roll_outs < 1 or config.horizon < 1:
+        raise UserError("agent.roll_outs and agent.horizon must be 1 or more")
     usable = [name for name in selectors.NAMES if name != "oracle_onpolicy"]
     if config.selector not in usable:
         raise UserError(f"agent.selector {config.selector!r} is none of {', '.join(usable)}")

@@ -2,10 +2,8 @@
 
 Every selector returns row numbers in order of priority: a smaller memory is a prefix. MBES (OER,
 arXiv 2305.13804, known to us by its abstract) rolls the learnt policy out in a learnt model and
-keeps the real rows nearest to what it visits; the procedure here is our design. Nearest rows come
-from SciPy's k-d tree over whitened observations, exact and about 1 ms a query on 500,000 rows of 17
-numbers; its memory is about (8 d + 16) bytes a row. Selections work in steps and can be saved in
-between.
+keeps the real rows nearest to what it visits; the procedure here is our design. Selections work in
+steps and can be saved in between.
 """
 
 from __future__ import annotations
@@ -18,11 +16,11 @@ from typing import Any
 import numpy as np
 import torch
 from numpy.typing import NDArray
-from scipy.spatial import KDTree
 from torch import Tensor
 
 from rl_shift.buffer import Batch, Buffer
 from rl_shift.errors import UserError
+from rl_shift.nearest import Nearest
 
 Indices = NDArray[np.int64]
 Floats = NDArray[np.float64]
@@ -74,70 +72,18 @@ class RollOutSettings:
     project: bool = True
 
 
-class Nearest:
-    """Exact nearest unused rows in observations whitened by the data's standard deviation."""
-
-    def __init__(self, obs: Tensor, extra: Floats | None = None) -> None:
-        """Build the tree; `extra` (rows,) is one more coordinate, which queries have at 0."""
-        values = obs.double().cpu().numpy()
-        spread = values.std(axis=0)
-        self.scale = np.where(spread > 1e-8, spread, 1.0)
-        self.points = values / self.scale
-        if extra is not None:
-            self.points = np.concatenate([self.points, extra[:, None]], axis=1)
-        # Balanced trees cost twice the time to build, and more to search, on trajectories.
-        self.tree = KDTree(self.points, balanced_tree=False, compact_nodes=False)
-
-    def neighbour_distance(self, quantile: float, generator: np.random.Generator) -> float:
-        """Quantile of the distances between rows and their nearest other rows (2,000 rows)."""
-        rows = generator.choice(len(self.points), min(2000, len(self.points)), replace=False)
-        distance, _ = self.tree.query(self.points[rows], k=min(2, len(self.points)))
-        return float(np.quantile(distance[..., -1], quantile))
-
-    def __call__(self, obs: Floats, used: NDArray[np.bool_]) -> tuple[Indices, Floats]:
-        """Nearest unused row of every query and its distance; no row twice, -1 if none is left.
-
-        Args:
-            obs: (n, obs) raw queries.
-            used: (rows,) those that must not be found.
-        """
-        queries = obs / self.scale
-        if queries.shape[1] < self.points.shape[1]:
-            queries = np.concatenate([queries, np.zeros((len(queries), 1))], axis=1)
-        found = np.full(len(queries), -1, dtype=np.int64)
-        distances = np.full(len(queries), np.inf)
-        taken: set[int] = set()
-        pending = [k for k, query in enumerate(queries) if np.isfinite(query).all()]
-        k = 4
-        while pending:
-            k = min(k, len(self.points))
-            ranks: Any = [*range(1, k + 1)]  # a list keeps the axis where k is 1
-            asked = self.tree.query(queries[pending], k=ranks)
-            near, rows = np.asarray(asked[0]), np.asarray(asked[1])
-            left = []
-            for query, distance, candidates in zip(pending, near, rows, strict=True):
-                for d, row in zip(distance, candidates, strict=True):
-                    if row not in taken and not used[row]:
-                        taken.add(int(row))
-                        found[query], distances[query] = row, d
-                        break
-                else:
-                    left.append(query)
-            if k == len(self.points):
-                break
-            pending, k = left, 4 * k
-        return found, distances
-
-
 class RollOuts:
     """MBES: lanes of model roll-outs whose nearest real rows are kept.
 
     Roll-outs visit up to `lanes * horizon` or 20,000 rows, each at most once, and an even share of
     them is kept, so that late states of an episode count as much as early ones. A lane begins anew
     at the start of a random episode after `horizon` steps, after a row that terminates, and where
-    the nearest unused row is out of reach.
+    the nearest unused row is out of reach. Of a step's lanes the first chooses first.
     The number of roll-outs is capped; what is missing then is filled with the unused rows nearest
     to those found.
+
+    Cost: a step of the model and a search (see `Nearest`) for every row visited and every roll-out
+    begun, so hardly more for 5,000 rows than for 1,000.
     """
 
     def __init__(
@@ -164,7 +110,6 @@ class RollOuts:
         self.starts = sources.data.episodes()[:, 0].cpu().numpy()
         self.obs = self.arrays["obs"].cpu().numpy()
         self.ends = self.arrays["terminated"].cpu().numpy()
-        self.used = np.zeros(rows, dtype=bool)
         self.visited: list[int] = []
         self.kept: Indices | None = None
         self.begun, self.filled = 0, 0
@@ -193,12 +138,11 @@ class RollOuts:
         members = self.generator.integers(self.sources.members, size=len(self.state))
         predicted = self.model(state, self.policy(state), torch.from_numpy(members))
         expected = predicted.double().cpu().numpy()
-        rows, distances = self.nearest(expected, self.used)
-        for lane, (row, distance) in enumerate(zip(rows, distances, strict=True)):
-            if row < 0 or distance > self.limit:  # -1 also where the model gives NaN
+        rows, _ = self.nearest(expected, self.limit)
+        for lane, row in enumerate(rows):
+            if row < 0:  # out of reach, or the model gives NaN
                 self._begin(lane)
                 continue
-            self.used[row] = True
             self.visited.append(int(row))
             self.age[lane] += 1
             if self.ends[row] or self.age[lane] >= settings.horizon:
@@ -212,8 +156,7 @@ class RollOuts:
             about = self.obs[
                 self.visited[:missing] or self.generator.integers(len(self.obs), size=missing)
             ]
-            rows, _ = self.nearest(about.astype(np.float64), self.used)
-            self.used[rows] = True
+            rows, _ = self.nearest(about.astype(np.float64))
             self.visited += rows.tolist()
             self.filled += len(rows)
 
@@ -238,7 +181,7 @@ class RollOuts:
     def load(self, saved: dict[str, Any]) -> None:
         """Go on where `save` was called; the sources must be the same."""
         self.visited = saved["visited"].tolist()
-        self.used[self.visited] = True
+        self.nearest.mark(self.visited)
         self.kept = None if saved["kept"] is None else saved["kept"].numpy()
         self.begun, self.filled = saved["begun"], saved["filled"]
         self.age, self.state = saved["age"].numpy().copy(), saved["state"].numpy().copy()
@@ -357,12 +300,10 @@ def oracle_onpolicy(sources: Sources, budget: int, generator: np.random.Generato
             "another selector for training"
         )
     nearest = Nearest(sources.data.arrays()["obs"])
-    used = np.zeros(len(sources.data), dtype=bool)
     states = generator.permutation(sources.states.double().cpu().numpy())
     found: list[int] = []
     while len(found) < budget:
-        rows, _ = nearest(states[: budget - len(found)], used)
-        used[rows] = True
+        rows, _ = nearest(states[: budget - len(found)])
         found += rows.tolist()
     return np.array(found, dtype=np.int64)
 

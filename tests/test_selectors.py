@@ -77,6 +77,15 @@ def test_a_budget_above_the_data_takes_every_row(name: str) -> None:
     assert sorted(chosen(name, 10**6)) == list(range(len(DATA)))
 
 
+@pytest.mark.parametrize("name", selectors.MODEL_BASED)
+@pytest.mark.parametrize("budget", [1, 3, 2399])
+def test_model_based_selectors_keep_exactly_the_budget(name: str, budget: int) -> None:
+    """Down to a single row, and up to all rows but one, most of which roll-outs do not meet."""
+    rows = chosen(name, budget)
+    assert len(rows) == len(set(rows.tolist())) == budget
+    assert 0 <= rows.min() and rows.max() < len(DATA) == 2400
+
+
 def on_policy_mean() -> Tensor:
     obs = torch.from_numpy(seeding.numpy_generator(3, "starts").normal(size=(500, 2))).float()
     visited = []
