@@ -215,3 +215,9 @@ def test_worlds_walk_bare_and_under_shifts(script: Any, monkeypatch: pytest.Monk
     assert len(rows) == 1 + sum(len(shifts) for shifts in worlds.GROUPS.values())
     assert all(row.unit == "env steps/s" and row.rates[0] > 0 for row in rows)
     assert [row.ratios for row in rows if row.name == row.reference] == [[1.0]] * 3
+
+
+def test_the_search_for_nearest_rows_stands_beside_a_tree(script: Any) -> None:
+    rows = script("bench_nearest").nearest_section(rows=300, rounds=1, seconds=0.01)
+    assert [row.name.split(", ")[-1] for row in rows[:2]] == ["scipy's k-d tree", "blocks"]
+    assert all(row.rates[0] > 0 for row in rows)
