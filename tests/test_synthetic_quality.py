@@ -25,7 +25,8 @@ def found(tmp_path_factory: pytest.TempPathFactory) -> list[str]:
     """A trajectory denoiser and an ensemble on the bundled hopper data, learnt for a moment."""
     folder = tmp_path_factory.mktemp("quality")
     folders = [str(folder / "pgd"), str(folder / "mopo")]
-    argv = ["--preset", "pgd.td3_bc", "--agent.width", "64", "--agent.depth", "2",
+    argv = ["--preset", "pgd.td3_bc", "--agent.window", "8", "--agent.width", "64",
+            "--agent.depth", "2",
             "--agent.denoiser_updates", "150", "--agent.average", "0.05",
             "--agent.windows", "64"]  # fmt: skip
     assert cli.main(["train", *argv, "--dataset", DATA, *TINY, "--run-dir", folders[0]]) == 0
@@ -36,7 +37,8 @@ def found(tmp_path_factory: pytest.TempPathFactory) -> list[str]:
 
 
 def test_a_denoiser_is_trained_once_per_dataset(found: list[str], tmp_path: Path) -> None:
-    argv = ["train", "--preset", "pgd.td3_bc", "--agent.width", "64", "--agent.depth", "2"]
+    argv = ["train", "--preset", "pgd.td3_bc", "--agent.window", "8", "--agent.width", "64"]
+    argv += ["--agent.depth", "2"]
     argv += ["--agent.windows", "64", "--agent.denoiser", found[0], "--dataset", DATA, *TINY]
     assert cli.main([*argv, "--run-dir", str(tmp_path / "second"), "--seed", "1"]) == 0
     first, second = (runs.load_agent(spec)[0] for spec in (found[0], tmp_path / "second"))
