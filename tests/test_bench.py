@@ -221,3 +221,11 @@ def test_the_search_for_nearest_rows_stands_beside_a_tree(script: Any) -> None:
     rows = script("bench_nearest").nearest_section(rows=300, rounds=1, seconds=0.01)
     assert [row.name.split(", ")[-1] for row in rows[:2]] == ["scipy's k-d tree", "blocks"]
     assert all(row.rates[0] > 0 for row in rows)
+
+
+def test_the_latency_of_corrected_actions_stands_beside_the_base(script: Any) -> None:
+    latency = script("bench_latency")
+    rows = latency.latency_section(rounds=1, seconds=0.01)
+    assert [row.name for row in rows[: len(latency.VARIANTS) + 1]][:2] == ["td3_bc", "cdsa, off"]
+    assert len(rows) == 2 * (len(latency.VARIANTS) + 1)
+    assert all(row.rates[0] > 0 for row in rows)
