@@ -141,6 +141,11 @@ class PPO(Agent):
         head, output = self.actor_critic.head, self.actor_critic.policy(self.normalized(obs))
         return head.sample(output) if explore else head.mode(output)
 
+    def explore_again(self) -> None:
+        """Near-uniform actions again, features and values kept: a reaction to a shift; ours."""
+        for parameter in self.actor_critic.head.parameters():
+            torch.nn.init.zeros_(parameter)
+
     def begin_task(self, task: Task, buffer: Buffer) -> None:
         """Learn how many lanes share a rollout."""
         super().begin_task(task, buffer)

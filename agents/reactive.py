@@ -71,7 +71,7 @@ class Reactive(Wrapper):
         threshold: float = 4.0  # of its score; ours
         react_beta: float = 0.0  # added to beta_state at a detection, decaying; ours, off
         react_steps: int = 10_000  # env steps over which it decays
-        react_explore: bool = False  # begin epsilon anew (bases that have one); ours, off
+        react_explore: bool = False  # dqn: begin epsilon anew; ppo: uniform policy; ours, off
         react_forget: bool = False  # replay: draw only rows since the detection; ours, off
 
     stackable = False  # running statistics and detector belong to one life
@@ -103,7 +103,7 @@ class Reactive(Wrapper):
         self.remembered = 0  # how many of them were dropped from replay
         if c.react_explore and not hasattr(self.base, "explore_again"):
             raise UserError(
-                f"react_explore: {c.base} has no epsilon to begin anew; set it to false"
+                f"react_explore: {c.base} cannot begin to explore anew; set it to false"
             )
         if c.react_forget and getattr(self.base.config, "prioritized", False):
             raise UserError("react_forget draws uniformly: set prioritized to false in base_config")
@@ -144,17 +144,24 @@ class Reactive(Wrapper):
         return beta * r["state"] + c.beta_reward * r["reward"] + extrinsic
 
     def watch(self, errors: Batch, repeats: float = 1.0) -> Metrics:
-        """Detectors on the newest errors in time order, and the reactions that are switched on."""
+        """Detectors on the newest errors in time order."""
         scores = {k: self.detectors[k].update(errors[k], repeats) for k in SIGNALS}
-        detected = torch.stack([self.detectors[k].values["detected"] for k in SIGNALS]).amax()
         steps = len(errors["state"]) / repeats
-        self.since = torch.where(detected > 0, 0.0, self.since.to(detected) + steps)
+        self.since = torch.where(self.detected > 0, 0.0, self.since.to(self.detected) + steps)
+        return {"detector/shift_score": torch.stack([*scores.values()]).amax()}
+
+    @property
+    def detected(self) -> Tensor:
+        """1 if a detector has just fired, ()."""
+        return torch.stack([self.detectors[k].values["detected"] for k in SIGNALS]).amax()
+
+    def react(self) -> None:
+        """The reactions that are switched on, if a detector has just fired."""
         c = self.config
-        if (c.react_explore or c.react_forget) and bool(detected > 0):  # the one read of a value
+        if (c.react_explore or c.react_forget) and bool(self.detected > 0):  # one read of a value
             if c.react_explore:
                 self.base.explore_again()  # type: ignore[operator]
             self.remembered = self.appended if c.react_forget else 0
-        return {"detector/shift_score": torch.stack([*scores.values()]).amax()}
 
     # ---- learning ----------------------------------------------------------------------------
 
@@ -228,6 +235,7 @@ class Reactive(Wrapper):
         metrics |= self.learn_models(rows, batch)
         plain = {k: v for k, v in batch.items() if not k.startswith(("new_", "recent_"))}
         metrics |= self.base.update(plain | {"reward": mixed})
+        self.react()  # after the base has used the actions of the policy that took them
         if self.config.normalize:
             self.statistics.update(
                 batch[news + "obs"].flatten(0, reward.dim() - 1 if not news else 0)

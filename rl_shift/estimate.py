@@ -200,18 +200,26 @@ class Cost:
         return START_S + self.once + self.updating + self.evaluating
 
 
-def costs(works: Sequence[Work], past: Callable[[Work], float | None], probe: bool) -> list[Cost]:
+def costs(
+    works: Sequence[Work],
+    past: Callable[[Work], float | None],
+    probe: bool,
+    say: Callable[[str], object] = lambda text: None,
+) -> list[Cost]:
     """Every job's cost; speeds that no finished run tells are measured if `probe`."""
     speeds: dict[tuple[Any, ...], Measured | None] = {}
-    steps: dict[str, tuple[float, int]] = {}
-    found = []
+    unknown = []
     for item in works:
         if item.key not in speeds:
             known = past(item)
-            if known is not None:
-                speeds[item.key] = Measured(known)
-            else:
-                speeds[item.key] = measure(item) if probe else None
+            speeds[item.key] = None if known is None else Measured(known)
+            unknown += [item] if known is None else []
+    for number, item in enumerate(unknown if probe else [], 1):
+        say(f"measuring the speed of {item.job.name}, {number} of {len(unknown)}")
+        speeds[item.key] = measure(item)
+    steps: dict[str, tuple[float, int]] = {}
+    found = []
+    for item in works:
         if item.env_id is not None and item.env_id not in steps:
             steps[item.env_id] = step_seconds(item.env_id)
         second, horizon = steps[item.env_id] if item.env_id is not None else (0.0, 0)

@@ -159,7 +159,9 @@ class Sweep:
             )
             room = usable_cores() // max(job.run.threads for job in todo)
             processes = min(self.settings.processes or max(1, room), len(todo))
-            costs = estimate.costs(works, past, self.settings.estimate)
+            costs = estimate.costs(
+                works, past, self.settings.estimate, lambda text: print(text, flush=True)
+            )
             print("\n".join(estimate.table(costs, processes)), flush=True)
         if self.settings.dry_run:
             for plan in self.planned:

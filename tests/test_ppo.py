@@ -210,3 +210,19 @@ def test_cartpole_is_learnt_in_seconds() -> None:
     assert agent.updates == 24 and trainer.clock.total_env_steps == 12_288
     returns = evaluation.evaluate(agent, "CartPole-v1", 5, seed=1).returns
     assert returns.mean() > 150, returns  # a random policy gets about 22
+
+
+@pytest.mark.parametrize("actions", [Discrete(3), Box(-1, 1, (2,), np.float32)])
+def test_exploring_again_makes_actions_uniform_and_keeps_values(actions: Any) -> None:
+    agent = agent_of(actions)
+    obs = torch.randn(5, 3)
+    with torch.no_grad():
+        for parameter in agent.actor_critic.head.parameters():
+            parameter.add_(torch.randn_like(parameter))
+        before = agent.actor_critic(obs)[1]
+    agent.explore_again()
+    output, value = agent.actor_critic(obs)
+    assert torch.equal(value, before)
+    fresh = type(agent.actor_critic.head)(*agent.actor_critic.head.linear.weight.shape[::-1])
+    highest = fresh.entropy(torch.zeros_like(output))
+    torch.testing.assert_close(agent.actor_critic.head.entropy(output), highest)

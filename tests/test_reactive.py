@@ -82,8 +82,8 @@ def test_the_mixture_on_numbers_worked_out_by_hand() -> None:
         ({"beta_state": 0.7, "beta_reward": 0.4}, "must not sum to more than 1"),
         ({"beta_state": -0.1}, "must not be negative"),
         ({"curiosity": "icn"}, "unknown curiosity 'icn'"),
+        ({"base": "sac", "react_explore": True}, "sac cannot begin to explore anew"),
         ({"recency": 1.5}, "recency must lie between 0 and 1"),
-        ({"react_explore": True}, "ppo has no epsilon"),
         (
             {"base": "dqn", "react_forget": True, "base_config": {"prioritized": True}},
             "set prioritized to false",
@@ -256,6 +256,7 @@ def test_reactions_follow_a_detection() -> None:
         detector.values["slow"] = detector.values["fast"] = torch.tensor(1.0)
         detector.values["square"] = torch.tensor(1e-6)
     agent.watch(calm | {"state": torch.full((1,), 50.0)})
+    agent.react()
     assert agent.base.epsilon == 1.0
     assert agent.remembered == 40 and float(agent.since) == 0
     reward = torch.ones(1)

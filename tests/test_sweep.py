@@ -255,7 +255,11 @@ def test_speeds_come_from_earlier_runs_else_from_a_measurement(
     run = config.make("bc", overrides=given)
     monkeypatch.setattr(estimate, "PROBE_UPDATES", 100)
     monkeypatch.setattr(estimate, "Local", Here)
-    (cost,) = estimate.costs([sized(run)], lambda work: None, probe=True)
+    said: list[str] = []
+    works = [sized(run), sized(run)]
+    cost, again = estimate.costs(works, lambda work: None, probe=True, say=said.append)
+    assert said == [f"measuring the speed of {works[0].job.name}, 1 of 1"]  # one for both
+    assert again.speed == cost.speed
     assert cost.speed is not None
     assert cost.updating == pytest.approx(4000 / cost.speed)
     assert cost.evaluating > 0
