@@ -51,10 +51,12 @@ class TaskSettings:
 
     def __post_init__(self) -> None:
         """Refuses budgets and fractions that mean nothing."""
-        if self.updates < 0 or self.env_steps < 0:
-            raise UserError(f"task {self.name!r}: updates and env_steps must not be negative")
+        which = f"task {self.name!r}: " if self.name else ""
+        for name in ("updates", "env_steps"):
+            if getattr(self, name) < 0:
+                raise UserError(f"{which}{name} must not be negative, not {getattr(self, name)}")
         if not 0 <= self.offline_fraction <= 1:
-            raise UserError(f"task {self.name!r}: offline_fraction must lie between 0 and 1")
+            raise UserError(f"{which}offline_fraction must lie between 0 and 1")
 
 
 @dataclass(frozen=True)
