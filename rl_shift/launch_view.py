@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, TextIO, get_args
 
 from rl_shift.launcher import LOG, Job, Report, State
-from rl_shift.loggers import METRICS, clock_text
+from rl_shift.loggers import METRICS, clock_text, rate_text
 
 if TYPE_CHECKING:
     from rich.console import RenderableType
@@ -150,7 +150,7 @@ class View:
                 table.add_row(
                     Text(report.job.name),
                     done(report.job, standing),
-                    "" if standing.rate is None else f"{standing.rate:.0f}",
+                    "" if standing.rate is None else rate_text(standing.rate),
                     clock_text(report.seconds),
                     left(report.job, standing),
                     standing.result,
@@ -177,7 +177,7 @@ def summary(reports: Sequence[Report]) -> str:
             standing = Standing.of(report.job.folder)
             parts = [f"{report.job.name} {done(report.job, standing)}", standing.result]
             if standing.rate is not None:
-                parts.insert(1, f"{standing.rate:.0f} updates/s")
+                parts.insert(1, f"{rate_text(standing.rate)} updates/s")
             running.append(" ".join(part for part in parts if part))
     return "; ".join([counts(reports), *running])
 

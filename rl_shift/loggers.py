@@ -235,3 +235,8 @@ def clock_text(seconds: float) -> str:
     minutes, rest = divmod(round(seconds), 60)
     hours, minutes = divmod(minutes, 60)
     return f"{hours}:{minutes:02d}:{rest:02d}" if hours else f"{minutes:02d}:{rest:02d}"
+
+
+def rate_text(rate: float) -> str:
+    """Events per second: whole numbers, and two digits of what is below ten."""
+    return f"{rate:,.0f}" if rate >= 10 else f"{rate:.2g}"

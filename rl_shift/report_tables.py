@@ -8,7 +8,7 @@ from collections.abc import Iterable, Sequence
 
 import numpy as np
 
-from rl_shift.loggers import clock_text
+from rl_shift.loggers import clock_text, rate_text
 from rl_shift.metrics import Interval, iqm, mean, mean_interval, median, optimality_gap
 from rl_shift.report_cells import CVAR, Cell, Chain, Section
 from rl_shift.report_document import Table
@@ -147,7 +147,7 @@ def cost(runs: Sequence[tuple[str, Run]]) -> Table:
     for label, same in sorted(groups.items()):
         speeds = [run.cost["updates_per_s"] for run in same]
         texts = [label, f"{len(same)}", f"{sum(len(run.seeds) for run in same)}"]
-        texts.append(" to ".join(dict.fromkeys(f"{f(speeds):.0f}" for f in (min, max))))
+        texts.append(" to ".join(dict.fromkeys(rate_text(f(speeds)) for f in (min, max))))
         texts.append(clock_text(sum(run.cost["wall_time_s"] for run in same)))
         texts += [", ".join(sorted({run.cost[key] for run in same})) for key in SETTINGS]
         rows.append(texts)
@@ -168,7 +168,7 @@ def costs(runs: Sequence[tuple[str, Run]]) -> Table:
             ", ".join(map(str, run.seeds)),
             f"{run.updates:,}",
             f"{run.env_steps:,}",
-            f"{run.cost['updates_per_s']:.1f}",
+            rate_text(run.cost["updates_per_s"]),
             clock_text(run.cost["wall_time_s"]),
             *(run.cost[key] for key in SETTINGS),
             run.standing,

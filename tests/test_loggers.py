@@ -231,3 +231,10 @@ def test_message_without_a_terminal():
     out = io.StringIO()
     Progress(10, stream=out).write("a message")
     assert out.getvalue() == "a message\n"
+
+
+@pytest.mark.parametrize(
+    ("rate", "text"), [(0.423, "0.42"), (9.96, "10"), (12.6, "13"), (12345.6, "12,346")]
+)
+def test_slow_rates_keep_two_digits(rate, text):
+    assert loggers.rate_text(rate) == text
