@@ -272,6 +272,25 @@ def test_reactions_follow_a_detection() -> None:
     assert set(kept.tolist()) <= set(buffer.newest(1000).tolist())
 
 
+def test_ppo_explores_anew_once_the_old_policys_actions_are_used(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    agent = agent_of("ppo", react_explore=True)
+    head = agent.base.actor_critic.head.linear
+    seen: list[bool] = []
+    update = agent.base.update
+    monkeypatch.setattr(agent.base, "update", lambda b: seen.append(head.weight.any()) or update(b))
+    agent.update(rollout())
+    assert seen == [True] and head.weight.any()  # nothing was detected
+    detected = {"detected": torch.tensor(1.0)}
+    for detector in agent.detectors.values():
+        monkeypatch.setattr(
+            detector, "update", lambda *_, d=detector: d.values.update(detected) or torch.ones(())
+        )
+    agent.update(rollout())
+    assert seen == [True, True] and not head.weight.any() and not head.bias.any()
+
+
 # ---- through the trainer ---------------------------------------------------------------------
 
 
