@@ -46,6 +46,14 @@ for _name, _members in {
             kwargs={"family": _name, "member": int(_member[1:]) if _member else None},
         )
 
+for _name, _far in (("CheetahRetrieval", False), ("CheetahRetrievalFar", True)):
+    gymnasium.register(
+        f"rl_shift/{_name}-v0",
+        entry_point="rl_shift.envs.retrieval:CheetahRetrieval",
+        max_episode_steps=200,
+        kwargs={"far": _far},
+    )
+
 # Gymnasium prints this for every `-v4` id; those are the ones that match D4RL's simulator best.
 _OUT_OF_DATE = r".*The environment \S+ is out of date"
 

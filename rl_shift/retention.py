@@ -1,9 +1,9 @@
 """Ways to keep a network from forgetting, each a term of its loss or a change of its gradient.
 
-All act on a `MultiHead` policy and never on critics (Continual World and arXiv 2402.02868 leave the
-critic alone). Replay and A-GEM (Chaudhry et al., 2019) need a memory; L2, EWC (Kirkpatrick et al.,
-2017) and synaptic intelligence (Zenke et al., 2017) keep a weight per parameter; `frozen` trains
-only a new task's own layers and forgets exactly nothing.
+The classes act on a `MultiHead` policy and never on critics (Continual World and arXiv 2402.02868
+leave the critic alone). Replay and A-GEM (Chaudhry et al., 2019) need a memory; L2, EWC
+(Kirkpatrick et al., 2017) and synaptic intelligence (Zenke et al., 2017) keep a weight per
+parameter; `frozen` trains only a new task's own layers and forgets exactly nothing.
 """
 
 from __future__ import annotations
@@ -121,7 +121,7 @@ def _projected(policy: MultiHead, batch: Batch, gradients: Gradients) -> Gradien
 class _Called(nn.Module):
     """A function of a policy as a module: the door that `functional_call` needs."""
 
-    def __init__(self, policy: MultiHead, fn: Callable[..., Tensor]) -> None:
+    def __init__(self, policy: nn.Module, fn: Callable[..., Tensor]) -> None:
         super().__init__()
         self.policy, self.fn = policy, fn
 
@@ -212,20 +212,7 @@ class EWC(Quadratic):
 
     def weights(self, policy: MultiHead, obs: Tensor) -> dict[str, Tensor]:
         """Squared gradients of every action dimension, averaged over states."""
-        parameters = {k: p.detach() for k, p in policy.named_parameters()}
-
-        def action(values: dict[str, Tensor], state: Tensor, dimension: int) -> Tensor:
-            found: Tensor = functional_call(policy, values, (state[None],))
-            return found[0, dimension]
-
-        total = {k: torch.zeros_like(p) for k, p in parameters.items()}
-        states = obs[:_STATES]
-        for dimension in range(policy.sizes[policy.current][1]):
-            per_state = vmap(grad(partial(action, dimension=dimension)), in_dims=(None, 0))
-            for chunk in torch.split(states, _CHUNK):
-                for k, g in per_state(parameters, chunk).items():
-                    total[k] += g.square().sum(0) / len(states)
-        return total
+        return fisher_diagonal(policy, MultiHead.__call__, obs[:_STATES])
 
 
 class SI(Quadratic):
@@ -264,6 +251,45 @@ class SI(Quadratic):
             / ((p.detach() - self._kept("start", k)).square() + _DAMPING)
             for k, p in policy.named_parameters()
         }
+
+
+def fisher_diagonal(
+    policy: nn.Module, outputs: Callable[..., Tensor], obs: Tensor
+) -> dict[str, Tensor]:
+    """E_s sum_k (d outputs_k / d theta_i)^2 for every parameter of `policy`, by its name.
+
+    Args:
+        policy: the network.
+        outputs: gives (B, K) from the policy and (B, obs).
+        obs: states that are averaged over, (B, obs).
+    """
+    called = _Called(policy, outputs)
+    parameters = {k: p.detach() for k, p in policy.named_parameters()}
+
+    def output(values: dict[str, Tensor], state: Tensor, k: int) -> Tensor:
+        found: Tensor = functional_call(called, _below(values), (state[None],))
+        return found[0, k]
+
+    with torch.no_grad():
+        width = outputs(policy, obs[:1]).shape[-1]
+    total = {name: torch.zeros_like(p) for name, p in parameters.items()}
+    for k in range(width):
+        per_state = vmap(grad(partial(output, k=k)), in_dims=(None, 0))
+        for chunk in torch.split(obs, _CHUNK):
+            for name, g in per_state(parameters, chunk).items():
+                total[name] += g.square().sum(0) / len(obs)
+    return total
+
+
+def gaussian_divergence(before: tuple[Tensor, Tensor], after: tuple[Tensor, Tensor]) -> Tensor:
+    """KL(before || after) of diagonal Gaussians given as (mean, log_std), (B, action) each: (B,).
+
+    The same for both behind one tanh, which is invertible.
+    """
+    (mean, log_std), (new_mean, new_log_std) = before, after
+    ratio = (2 * (log_std - new_log_std)).exp()
+    distance = ((mean - new_mean) / new_log_std.exp()).square()
+    return (new_log_std - log_std + 0.5 * (ratio + distance - 1)).sum(-1)
 
 
 KINDS: dict[str, type[Retention]] = {

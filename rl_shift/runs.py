@@ -263,14 +263,14 @@ def _trained(spec: str, kind: type[Agent], target: Agent | Task, tasks: Sequence
 
     Args:
         spec: `RUN_DIR[#k]`.
-        kind: what the agent must be; `Agent` itself takes any.
+        kind: what the agent must be, or descend from; `Agent` itself takes any.
         target: whose spaces must be the agent's.
         tasks: whose data the run must have seen.
     """
     source, _, _ = load_agent(spec)
     if source.seeds > 1:
         raise UserError(f"{spec} holds {source.seeds} seeds: name one, {spec}#0 and so on")
-    if kind is not Agent and type(source) is not kind:
+    if kind is not Agent and not issubclass(kind, type(source)):
         raise UserError(f"{spec} is a run of {type(source).__name__}, not of {kind.__name__}")
     for name in ("observation_space", "action_space"):
         theirs, mine = getattr(source, name), getattr(target, name)
