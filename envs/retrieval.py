@@ -26,7 +26,7 @@ class CheetahRetrieval(HalfCheetahEnv):
     """
 
     def __init__(
-        self, distance: float = 10.0, contrast: float = 1.0, far: bool = False, **kwargs: Any
+        self, distance: float = 5.0, contrast: float = 1.0, far: bool = False, **kwargs: Any
     ) -> None:
         """`far`: episodes begin with the way back, `distance` metres out."""
         self.distance, self.contrast, self.far = float(distance), float(contrast), bool(far)
