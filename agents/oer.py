@@ -22,9 +22,9 @@ from gymnasium.spaces import Space
 from torch import Tensor
 
 from rl_shift import agents, seeding, selectors
-from rl_shift.agent import Agent, Batch, Metrics, Stage
+from rl_shift.agent import Agent, Batch, Metrics, Stage, Wrapper
 from rl_shift.buffer import Buffer, Mixture
-from rl_shift.continual import Memory, MultiHead, some_rows, td_error
+from rl_shift.continual import Memory, MultiHead, has_td_error, some_rows, td_error
 from rl_shift.dynamics import GaussianEnsemble, split_rows
 from rl_shift.errors import UserError
 from rl_shift.networks import Normalizer
@@ -136,8 +136,9 @@ class OER(Agent):
 
     def focus(self, task: Task) -> None:
         """The task's head; for an unknown task the newest one that fits its spaces."""
-        if task in self.known:
-            self.head = self.known.index(task)
+        place = self.place_of(task)
+        if place is not None:
+            self.head = place
         elif self.known:
             shapes = [_shapes(one) for one in self.known]
             if _shapes(task) not in shapes:
@@ -152,6 +153,12 @@ class OER(Agent):
         assert known.observation_space is not None and known.action_space is not None
         self.observation_space, self.action_space = known.observation_space, known.action_space
 
+    def place_of(self, task: Task) -> int | None:
+        """Which of the known tasks this is: the same name and data, whatever is shifted in it."""
+        names = [(one.name, one.dataset) for one in self.known]
+        mine = (task.name, task.dataset)
+        return names.index(mine) if mine in names else None
+
     # ---- a task ------------------------------------------------------------------------------
 
     def build(self, task: Task) -> None:
@@ -160,12 +167,14 @@ class OER(Agent):
         assert observation_space is not None and action_space is not None
         obs, action = observation_space.shape[0], action_space.shape[0]  # type: ignore[index]
         c, old = self.config, len(self.known)
-        if task not in self.known:
+        place = self.place_of(task)
+        if place is None:
+            place = old
             self.known.append(task)
             self.kept.add(obs, action)
             if old:
                 self.add_module(f"normalizer_{old}", Normalizer(observation_space))
-        self.kept.current = self.known.index(task)
+        self.kept.current = place
         self.retention.extend(self.kept, old)
         self.build_learner(observation_space, action_space)
         if self.modelled:
@@ -176,9 +185,15 @@ class OER(Agent):
 
     def build_learner(self, observation_space: Space[Any], action_space: Space[Any]) -> None:
         """The learner, or the finished one that takes its place, and the clone's optimiser."""
-        kind = agents.get(self.config.learner)
+        c = self.config
+        kind = agents.get(c.learner)
         self.learner = kind(observation_space, action_space, self.learner_settings(kind))
-        if self.config.learners:
+        if self.remembers and c.selector == "surprise" and not has_td_error(self.learner):
+            raise UserError(
+                f"agent.selector surprise needs a learner with a critic and a target critic, and "
+                f"{c.learner} has none: choose td3_bc, or another selector"
+            )
+        if c.learners:
             self.learner.frozen = True
             if self.finished:  # else a checkpoint brings it
                 self.learner.load_state_dict(self.finished[self.kept.current])
@@ -193,11 +208,25 @@ class OER(Agent):
 
     def reuse(self, field: str, source: Agent) -> None:
         """Keep a finished learner until its task's turn; they come in the order of the tasks."""
+        kind = agents.get(self.config.learner)
+        if type(source) is not kind:
+            raise LookupError(
+                f"it is a run of {type(source).__name__}, agent.learner is {self.config.learner}"
+            )
+        settings = self.learner_settings(kind)
+        fitting = kind(source.observation_space, source.action_space, settings)
+        fitting.load_state_dict(source.state_dict())  # shapes that differ are an error now
         self.finished.append({k: v.detach().clone() for k, v in source.state_dict().items()})
 
     def begin_task(self, task: Task, buffer: Buffer) -> None:
         """Fit the task's normaliser and the model's scales; begin with the learner."""
-        new = task not in self.known
+        new = self.place_of(task) is None
+        tasks = len(self.known) + new
+        if self.config.memory_total and self.remembers and self.config.memory_total < tasks:
+            raise UserError(
+                f"agent.memory_total {self.config.memory_total} has no row for each of {tasks} "
+                "tasks: give more"
+            )
         super().begin_task(task, buffer)
         current = self.kept.current
         if new and current and self.config.normalize:
@@ -317,16 +346,24 @@ class OER(Agent):
                 action = self.run(self.act, rows["obs"], False)
             self.memory.store(current, {"obs": rows["obs"], "target": action})
             if c.memory_total:
-                self.memory.shrink(max(1, c.memory_total // len(self.memory.parts)))
+                self.memory.shrink(c.memory_total // len(self.memory.parts))
         self.selecting, self.divided = selectors.InSteps(), None
 
     def resources(self) -> dict[str, float]:
-        """What stays between tasks: the policy and the memory."""
+        """What stays between tasks: the policy, the memory, and whatever else keeps old tasks.
+
+        `memory_bytes` holds kept rows, weights per parameter, copies of the policy and statistics
+        of the tasks' observations; `policy_shift_K` is RL's Razor after task K.
+        """
         parts = self.memory.parts.values()
+        tasks = [self.normalizer, *(m for n, m in self.named_children() if "normalizer_" in n)]
+        besides = [t for m in (self.retention, *tasks) for t in m.state_dict().values()]
+        shifts = {f"policy_shift_{k}": shift for k, shift in enumerate(self.shifts)}
         return {
             "parameters": float(sum(p.numel() for p in self.kept.parameters())),
             "memory_rows": float(sum(len(part) for part in parts)),
-            "memory_bytes": float(self.memory.nbytes),
+            "memory_bytes": float(self.memory.nbytes + sum(t.nbytes for t in besides)),
+            **shifts,
         }
 
     # ---- state -------------------------------------------------------------------------------
@@ -395,6 +432,17 @@ class OER(Agent):
 
 def _check(config: OER.Config) -> None:
     """Refuses settings that mean nothing."""
+    if not config.hidden or min(config.hidden) < 1:
+        raise UserError(
+            f"agent.hidden {list(config.hidden)} must hold at least one width: the first layer is "
+            "a task's own"
+        )
+    kind = agents.get(config.learner)
+    if issubclass(kind, Wrapper) or kind.stages is not Agent.stages:
+        raise UserError(
+            f"agent.learner {config.learner} learns in stages of its own: choose an agent that "
+            "learns from data alone, such as td3_bc, iql or bc"
+        )
     if config.coefficient < 0 or config.anchor < 0:
         raise UserError("agent.coefficient and agent.anchor must not be negative")
     if config.memory < 1 or config.memory_total < 0:

@@ -5,7 +5,8 @@ eric-mitchell/macaw, dennisl88/rand_param_envs) on Gymnasium's MuJoCo environmen
 200 steps. Where published code draws its tasks unseeded, ours have fixed seeds. A member's id ends
 in its number, `rl_shift/CheetahVel-7-v0`; `gymnasium.make("rl_shift/CheetahVel-v0", goal=1.5)`
 takes any goal, and `rl_shift/CheetahVelGoals-v0` draws one per episode and shows it: one agent
-trained there knows every member. No reference scores are known, so scores are returns.
+trained there knows every member. No published reference scores are known: returns are scored by
+those that a dataset of ours brings along, where it does.
 """
 
 from __future__ import annotations

@@ -198,7 +198,7 @@ class Agent(Learner):
         self.place(self.normalizer.mean.device)
 
     def end_task(self, task: Task, buffer: Buffer) -> None:
-        """What is kept of a finished task; short."""
+        """What is kept of a finished task; short, and nothing that `act` depends on."""
 
     def focus(self, task: Task) -> None:
         """Choose the head that `act` uses; must not touch anything that is trained."""

@@ -292,7 +292,7 @@ def resolve(agent_name: str, layers: Sequence[Layer], flags: Sequence[str] = ())
     values |= {key: {**(values.get(key) or {}), **entries} for key, entries in parts.items()}
     tasks = [build(TaskSettings, values, f"tasks.{i}.") for i in range(count)]
     run = {o.key: values[o.key] for o in _run_options()}
-    agent = _with_base(build(config_class, values, "agent."))
+    agent = _with_inner(build(config_class, values, "agent."))
     idle = bool(getattr(agent, "base_run", ""))  # a frozen base needs no budget
     return RunConfig(
         agent_name=agent_name,
@@ -322,13 +322,19 @@ def _values_for(dataset: str, parser: Parser, entries: Any, where: str) -> dict[
     return values
 
 
-def _with_base(agent: Any) -> Any:
-    """A wrapper's settings with its base spelt out, so that they need no other run's folder.
+def _with_inner(agent: Any) -> Any:
+    """Settings of an agent around another one, the inner one's checked.
 
-    `base` may be an agent's name, or `RUN_DIR[#k]`: then `base` and `base_config` become what that
+    A wrapper's base is spelt out, so that it needs no other run's folder: `base` may be an agent's
+    name, or `RUN_DIR[#k]`: then `base` and `base_config` become what that
     run's configuration says, and `base_run` remembers where the weights come from.
     """
     fields = {f.name for f in dataclasses.fields(agent)}
+    if {"learner", "learner_config"} <= fields:
+        parser = Parser(options_of(config_class_of(agent.learner)))
+        return dataclasses.replace(
+            agent, learner_config=parser.layer(agent.learner_config, "agent.learner_config")
+        )
     if not {"base", "base_config"} <= fields:
         return agent
     base = str(agent.base)
@@ -336,7 +342,7 @@ def _with_base(agent: Any) -> Any:
         config_class = config_class_of(base)
         parser = Parser(options_of(config_class))
         values = parser.defaults() | parser.layer(agent.base_config, "agent.base_config")
-        inner = _with_base(build(config_class, values))
+        inner = _with_inner(build(config_class, values))
         return dataclasses.replace(agent, base_config=dataclasses.asdict(inner))
     folder = Path(base.partition("#")[0])
     if not (folder / "config.yaml").is_file():

@@ -170,6 +170,11 @@ def td_error(learner: Any, rows: Batch) -> Tensor:
     return error
 
 
+def has_td_error(learner: Any) -> bool:
+    """Whether `td_error` can be asked of this agent."""
+    return all(hasattr(learner, name) for name in ("critic", "target_critic"))
+
+
 def replayed(batch: Batch) -> list[tuple[int, Tensor, Tensor]]:
     """(task, obs, target) of every old task in a batch that `Memory.sample` gave."""
     prefix = "memory_obs_"

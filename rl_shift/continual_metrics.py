@@ -11,8 +11,8 @@ a running extreme.
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Callable, Iterable, Mapping, Sequence
-from typing import Any, NamedTuple
+from collections.abc import Callable, Iterable, Sequence
+from typing import NamedTuple
 
 import numpy as np
 from numpy.typing import ArrayLike
@@ -28,21 +28,6 @@ class Row(NamedTuple):
     eval_task: int
     seed: int
     score: float
-
-
-def rows_of(evaluations: Iterable[Mapping[str, Any]], seeds: Sequence[int]) -> list[Row]:
-    """Rows from the evaluations of a results.json: normalised scores, mean returns without any."""
-    return [
-        Row(
-            e["updates"] + e["env_steps"],
-            e["during"],
-            e["task"],
-            seed,
-            float(np.mean(e["returns"][k]) if e["score"] is None else e["score"][k]),
-        )
-        for e in evaluations
-        for k, seed in enumerate(seeds)
-    ]
 
 
 # ---- the task matrix ---------------------------------------------------------------------------

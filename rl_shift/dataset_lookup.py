@@ -17,6 +17,7 @@ from rl_shift.dataset_table import Entry, family, family_of, reference_scores_of
 from rl_shift.errors import UserError
 
 BUNDLED = {"rl_shift/hopper-replay-v0": "hopper-replay-v0.hdf5"}
+_MADE = {"deep-ope-": "deep-ope", "rlshift-": "family FAMILY --member K"}  # ours, by their start
 _ANT_WIDTHS = (111, 27)  # D4RL's observation and Gymnasium's, which has no contact forces
 
 
@@ -102,6 +103,9 @@ def resolve(id_or_path: str | Path) -> DatasetInfo:
     known = [*table(), *BUNDLED, *here, *registered()]
     close = difflib.get_close_matches(name, known, n=1, cutoff=0.5)
     nearest = f"did you mean {close[0]!r}? " if close else ""
+    made = next((how for start, how in _MADE.items() if name.startswith(start)), None)
+    if made is not None:
+        nearest = f"sets of this name are made by `scripts/make_datasets.py {made}`; "
     raise UserError(
         f"unknown dataset {name!r}; {nearest}`rl-shift data list` shows all ids; files are looked "
         f"for in {_listed(folders())}"

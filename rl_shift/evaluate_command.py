@@ -157,8 +157,11 @@ def _loaded(
 
     agent, _, tasks = runs.load_agent(spec, dict(overrides))
     if settings.env is not None:
-        scores = reference_scores_of(settings.env)
-        tasks = [replace(tasks[-1], env=settings.env, shift=None, reference_scores=scores)]
+        tasks = [task for task in tasks if task.env == settings.env][-1:] or [
+            _unseen(settings.env, agent)
+        ]
+        scores = reference_scores_of(settings.env) or tasks[0].reference_scores
+        tasks = [replace(tasks[0], shift=None, reference_scores=scores)]
     if settings.shift is not None:
         shift = None if settings.shift == "none" else _shift(settings.shift, agent)
         tasks = [replace(task, shift=shift) for task in tasks]
@@ -166,6 +169,25 @@ def _loaded(
         if task.env is None:
             raise UserError(f"task {task.name!r} of {spec} names no environment: give --env ID")
     return agent, tasks
+
+
+def _unseen(env_id: str, agent: Agent) -> Task:
+    """A task that the agent was not trained on: whatever it acts with where its spaces fit."""
+    from rl_shift import envs
+    from rl_shift.config import Task
+
+    last = agent.begun[-1] if agent.begun else None
+    pad = 0 if last is None else last.obs_pad
+    env = envs.make_env(env_id, obs_pad=pad)
+    spaces = env.observation_space, env.action_space
+    env.close()
+    return Task(
+        name=env_id,
+        env=env_id,
+        obs_pad=pad,
+        observation_space=spaces[0],
+        action_space=spaces[1],
+    )
 
 
 def _shift(text: str, agent: Agent) -> Any:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -46,6 +46,11 @@ def chapter(found: Gathered, pictures: Path | None) -> list[Block]:
             path = pictures / f"{name}{f'-{number + 1}' if number else ''}.png"
             picture(same, path)
             blocks.append(Picture(path, text))
+        points = {chain.label: razor_points(chain) for chain in same}
+        if sum(map(len, points.values())) > 2:
+            path = pictures / f"razor{f'-{number + 1}' if number else ''}.png"
+            razor(points, path)
+            blocks.append(Picture(path, "RL's Razor: policy shift against forgetting, per run"))
     return blocks
 
 
@@ -68,6 +73,33 @@ def rows_of(chain: Chain) -> list[metrics.Row]:
                 for seed, score in zip(run.seeds, numbers.mean(axis=1), strict=True)
             ]
     return rows
+
+
+def razor_points(chain: Chain) -> list[tuple[float, float]]:
+    """(mean policy shift, -BWT) of every run of one seed that logged its shifts."""
+    found = []
+    for run in chain.runs:
+        logged = run.extra.get("resources", {})
+        shifts = [v for k, v in logged.items() if k.startswith("policy_shift_")][1:]
+        rows = [row for row in rows_of(chain) if row.seed in run.seeds]
+        if shifts and len(run.seeds) == 1:
+            lost = -float(metrics.backward_transfer(metrics.task_matrix(rows))[0])
+            found.append((float(np.mean(shifts)), lost))
+    return found
+
+
+def razor(points: Mapping[str, Sequence[tuple[float, float]]], path: Path) -> None:
+    """A scatter: how far old heads moved on new tasks' states, and what old tasks lost."""
+    figure = plotting.figure(5.5, 3.6)
+    axes: Any = figure.subplots()
+    colours = draw.colours_of(list(points))
+    for label, pairs in points.items():
+        if pairs:
+            axes.scatter(*zip(*pairs, strict=True), color=colours[label], label=label, s=24)
+    axes.axhline(0, color="#777777", lw=0.8, ls=":")
+    draw.plain_axes(axes, "policy shift on new tasks, mean squared", "forgetting (-BWT)")
+    figure.legend(loc="outside upper center", ncols=3, frameon=False)
+    plotting.save(figure, path)
 
 
 def _table(same: Sequence[Chain]) -> Table:

@@ -155,7 +155,10 @@ class Frozen(Retention):
 
 
 class Quadratic(Retention):
-    """1/2 c sum_i w_i (theta_i - theta*_i)^2, theta* as the last task left it; here w = 1: L2."""
+    """1/2 c sum_i w_i (theta_i - theta*_i)^2, theta* as the last task left it.
+
+    Here w grows by 1 with every task: L2.
+    """
 
     def loss(self, policy: MultiHead, batch: Batch) -> Tensor:
         """The penalty; 0 for the first task."""

@@ -512,8 +512,8 @@ def _check_stages(agent: Agent, tasks: list[Task], state: Mapping[str, Any]) -> 
     passed, now = before[: clock.stage], before[clock.stage]
     if after[: clock.stage] != passed or after[clock.stage].name != now.name:
         raise UserError(
-            f"the run is in its stage {now.name!r} and cannot be given a longer earlier one: "
-            f"extend {'--env-steps' if now.env_steps else '--updates'} instead"
+            f"the run is in its stage {now.name!r}, for which earlier ones must have ended: a "
+            "longer earlier stage needs a run of its own, so train anew with the larger budget"
         )
 
 

@@ -148,8 +148,8 @@ class Trainer:
             if not final:
                 clock.updates = clock.env_steps = 0
         self.agent.end_task(task, self.buffer)
-        if len(self.tasks) > 1:
-            self._evaluate(stages[-1])  # a row of the task matrix, after what end_task did
+        if len(self.tasks) > 1 and not self._is_evaluated():
+            self._evaluate(stages[-1])  # a row of the task matrix
         if not last:
             clock.stage = clock.updates = clock.env_steps = 0
 

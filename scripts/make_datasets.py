@@ -105,6 +105,18 @@ def mean_return(policy: str | Path, env: str, folder: Path) -> float:
         return float(episode_returns(load(path, cache=False)).mean())
 
 
+def sequence(family: str, name: str | None) -> tuple[int, ...]:
+    """The members of a published sequence of a family."""
+    from rl_shift.envs.families import SEQUENCES
+    from rl_shift.errors import UserError
+
+    if name is None:
+        return ()
+    if f"{family}/{name}" not in SEQUENCES:
+        raise UserError(f"--sequence {family}/{name} is none of {', '.join(SEQUENCES)}")
+    return SEQUENCES[f"{family}/{name}"]
+
+
 def family(arguments: argparse.Namespace) -> None:
     """One goal-conditioned SAC, then random, medium and expert data of every member.
 
@@ -114,6 +126,7 @@ def family(arguments: argparse.Namespace) -> None:
     from rl_shift.recording import record
 
     name, out = arguments.family, arguments.out
+    members = [*arguments.member, *sequence(name, arguments.sequence)]
     out.mkdir(parents=True, exist_ok=True)
     medium, expert = out / f"{name}.sac-medium", out / f"{name}.sac-expert"
     trained(medium, name, arguments.medium_steps)
@@ -128,7 +141,7 @@ def family(arguments: argparse.Namespace) -> None:
     table: dict[str, dict[str, float]] = {}
     if summary.is_file():  # of other members, made before
         table = json.loads(summary.read_text())
-    for member in arguments.member:
+    for member in members:
         env = f"rl_shift/{name}-{member}-v0"
         if env not in table:
             table[env] = {k: mean_return(policy, env, out) for k, policy in policies.items()}
@@ -166,7 +179,8 @@ def main() -> int:
     command.set_defaults(run=deep_ope)
     command = commands.add_parser("family", help="members of a family of tasks, from SACs of ours")
     command.add_argument("family", choices=("CheetahVel", "AntDir"))
-    command.add_argument("--member", action="append", type=int, required=True)
+    command.add_argument("--member", action="append", type=int, default=[])
+    command.add_argument("--sequence", help="all members of a published one: cugro, cod-4, cod-6")
     command.add_argument("--steps", type=int, default=100_000, help="of each dataset")
     command.add_argument("--medium-steps", type=int, default=80_000, help="env steps until medium")
     command.add_argument("--env-steps", type=int, default=400_000, help="env steps until expert")

@@ -105,17 +105,12 @@ def test_intervals_over_whole_seeds() -> None:
     assert found.high - found.low == pytest.approx(2 * half, rel=0.1)
 
 
-def test_rows_and_summary_of_evaluations() -> None:
-    evaluations = [
-        {"task": 0, "during": 0, "updates": 5, "env_steps": 0, "returns": [[1, 3], [5, 7]],
-         "score": None},
-        {"task": 0, "during": 1, "updates": 9, "env_steps": 0, "returns": [[1], [1]],
-         "score": [10.0, 20.0]},
-        {"task": 1, "during": 1, "updates": 9, "env_steps": 0, "returns": [[1], [1]],
-         "score": [30.0, 40.0]},
-    ]  # fmt: skip
-    rows = cm.rows_of(evaluations, [4, 5])
-    assert rows[:2] == [Row(5, 0, 0, 4, 2.0), Row(5, 0, 0, 5, 6.0)]
+def test_summary_of_rows() -> None:
+    rows = [
+        *(Row(5, 0, 0, 4 + k, score) for k, score in enumerate([2.0, 6.0])),
+        *(Row(9, 1, 0, 4 + k, score) for k, score in enumerate([10.0, 20.0])),
+        *(Row(9, 1, 1, 4 + k, score) for k, score in enumerate([30.0, 40.0])),
+    ]
     found = cm.summary(rows)
     np.testing.assert_allclose(found["PER"], [20, 30])
     np.testing.assert_allclose(found["BWT"], [8, 14])

@@ -17,6 +17,7 @@ from rl_shift.agents.oer import OER
 from rl_shift.buffer import Buffer
 from rl_shift.config import Task
 from rl_shift.errors import UnsupportedSpace, UserError
+from rl_shift.evaluate_command import EvaluationSettings, evaluated
 
 FIRST, SECOND = (3, 2), (4, 1)  # sizes of observations and actions
 SMALL = {
@@ -249,6 +250,18 @@ def test_the_total_budget_shrinks_old_memories_to_their_first_rows() -> None:
     assert [len(part) for part in agent.memory.parts.values()] == [20, 20]
     assert torch.equal(agent.memory.parts[0].arrays()["obs"], kept[0][:20])
     assert agent.memory.nbytes == 2 * 20 * (3 + 2) * 4
+    with pytest.raises(UserError, match="memory_total 1 has no row for each of 2 tasks"):
+        learn_both(make(memory_total=1))
+
+
+def test_everything_that_keeps_old_tasks_is_counted() -> None:
+    replay, weights = learn_both(make(selector="random")), learn_both(make(retention="ewc"))
+    statistics = 2 * 2 * 3 * 4  # mean and std of three observations, two tasks
+    copy_of_policy = sum(p.nbytes for p in replay.kept.parameters())
+    expected = replay.memory.nbytes + statistics + copy_of_policy
+    assert replay.resources()["memory_bytes"] == pytest.approx(expected, rel=0.1)
+    assert weights.resources()["memory_bytes"] > statistics + 2 * copy_of_policy
+    assert replay.resources()["policy_shift_1"] > 0
 
 
 def test_a_repeated_task_gets_its_head_and_its_memory_back() -> None:
@@ -300,6 +313,12 @@ def test_a_task_without_a_head_is_played_by_one_that_fits_or_refused() -> None:
     agent = learn_both(make(), second=SECOND)
     agent.focus(task_of("unseen"))
     assert agent.head == 0
+    agent = learn_both(make())
+    first = task_of("one")
+    for changed in ({"shift": "obs_noise:std=0.1"}, {"updates": 99}):  # the same task all the same
+        agent.focus(Task(**{**vars(first), **changed}))
+        assert agent.head == 0
+    agent = learn_both(make(), second=SECOND)
     with pytest.raises(UserError, match="no head fits task 'unseen'"):
         agent.focus(task_of("unseen", (7, 2)))
 
@@ -316,11 +335,24 @@ def test_a_task_without_a_head_is_played_by_one_that_fits_or_refused() -> None:
         ({"horizon": 0}, "agent.roll_outs and agent.horizon must be 1 or more"),
         ({"selector": "mebs"}, "'mebs' is none of mbes"),
         ({"selector": "oracle_onpolicy"}, "is none of"),
+        ({"hidden": ()}, "at least one width"),
+        ({"learner": "pgd"}, "stages of its own"),
+        ({"learner": "dqn"}, "cannot be used here"),
     ],
 )
 def test_settings_that_mean_nothing_are_refused(settings: dict[str, Any], message: str) -> None:
     with pytest.raises(UserError, match=message):
-        make(**settings)
+        learn(make(**settings), task_of("one"), data_of())
+
+
+def test_a_selector_that_the_learner_cannot_serve_is_refused_before_training() -> None:
+    agent = make(learner="bc", selector="surprise")
+    with pytest.raises(UserError, match="surprise needs a learner with a critic"):
+        agent.begin_task(task_of("one"), data_of())
+    for name, value, message in (("alhpa", 1, "alhpa"), ("alpha", "x", "alpha")):
+        overrides = {"agent.learner_config": {name: value}}
+        with pytest.raises(UserError, match=message):
+            config.make(preset="oer.triplet", overrides=overrides)
 
 
 def test_er_trains_its_own_learner() -> None:
@@ -408,6 +440,18 @@ def test_finished_runs_are_cloned_one_per_task(in_empty_folder: Path) -> None:
     assert float(error.square().mean()) < 0.5 * before
     state = teacher.state_dict()
     assert all(torch.equal(v, state[k]) for k, v in agent.learner.state_dict().items())
+    for other, message in (
+        ({"agent.hidden": [8, 8]}, "does not fit this agent's settings"),
+        ({"agent.learner": "bc"}, "is a run of TD3BC, agent.learner is bc"),
+    ):
+        with pytest.raises(UserError, match=message):
+            runs.train(config.make("oer", overrides={**overrides, **other, "run_dir": "no"}))
+    played = [(e["during"], e["task"]) for e in results["evaluations"]]
+    assert len(played) == len(matrix)  # once per task, not once more after the selection
+    shifted = EvaluationSettings(episodes=1, shift="mass:scale=1.0")
+    same = evaluated("clone", {}, EvaluationSettings(episodes=1))
+    for (_, plain), (_, moved) in zip(same, evaluated("clone", {}, shifted), strict=True):
+        np.testing.assert_array_equal(plain.returns, moved.returns)
     with pytest.raises(UserError, match="names 1 runs for 2 tasks"):
         one = {**overrides, "agent.learners": ["first"], "run_dir": "other"}
         runs.train(config.make("oer", overrides=one), progress=False)

@@ -8,6 +8,7 @@ import pytest
 from rl_shift import report, report_continual
 from rl_shift.report_document import Picture, Table
 from rl_shift.report_runs import gather
+from rl_shift.report_sections import chains
 
 MATRIX = [[50.0], [40.0, 60.0], [20.0, 55.0, 70.0]]
 
@@ -32,7 +33,10 @@ def write_run(folder: Path, drop: float = 0.0, seed: int = 0) -> Path:
         "seeds": [seed], "evaluations": evaluations, "last": None, "best": None, "updates": 300,
         "env_steps": 0, "wall_time_s": 60.0, "updates_per_s": 5.0, "precision": "highest",
         "compile": "off", "threads": 1, "device": "cpu", "data_mode": "native", "versions": {},
-        "resources": {"parameters": 1000.0, "memory_rows": 30.0, "memory_bytes": 600.0},
+        "resources": {
+            "parameters": 1000.0, "memory_rows": 30.0, "memory_bytes": 600.0,
+            "policy_shift_0": 0.0, "policy_shift_1": 0.1, "policy_shift_2": 0.1 * drop,
+        },
     }  # fmt: skip
     (folder / "results.json").write_text(json.dumps(results))
     return folder
@@ -56,7 +60,10 @@ def test_the_chapter_holds_metrics_and_pictures(in_empty_folder: Path) -> None:
     assert plain["memory bytes"] == "600" and plain["parameters"] == "1,000"
     assert plain["wall time"] == "02:00"
     pictures = [block.path for block in blocks if isinstance(block, Picture)]
-    assert [path.name for path in pictures] == ["task-matrix.png", "task-curves.png"]
+    names = ["task-matrix.png", "task-curves.png", "razor.png"]
+    assert [path.name for path in pictures] == names
+    (chain,) = (one for one in chains(found) if "5.0" in one.label)
+    assert report_continual.razor_points(chain) == [pytest.approx((0.3, 22.5))] * 2
     assert all(path.read_bytes().startswith(b"\x89PNG") for path in pictures)
 
 
