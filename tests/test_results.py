@@ -1,0 +1,162 @@
+"""The tables of RESULTS.md against the raw returns that they were made from."""
+
+import json
+import re
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+from rl_shift.metrics import mean_interval
+
+ROOT = Path(__file__).parents[1]
+RAW = ROOT / "docs" / "results"
+TEXT = (ROOT / "RESULTS.md").read_text(encoding="utf-8")
+NUMBER = re.compile(r"[-+]?\d+(?:\.\d+)?")
+
+
+def rows(head: str) -> Iterator[list[str]]:
+    """The cells of the table whose first line begins with `head`."""
+    _, found, rest = TEXT.partition(f"\n{head}")
+    assert found, head
+    for line in rest.splitlines()[2:]:
+        if not line.startswith("|"):
+            return
+        yield [cell.strip().strip("*") for cell in line.strip("|").split("|")]
+
+
+def raw(name: str) -> dict[str, Any]:
+    return json.loads((RAW / f"{name}.json").read_text())
+
+
+def check(cell: str, values: Sequence[float], digits: int = 1) -> None:
+    """`mean ± half (each)` in a cell, to the last digit printed; `each` may be missing."""
+    cell = cell.replace("**", "")
+    printed = [float(x) for x in NUMBER.findall(cell)]
+    mean, low, high = mean_interval(np.asarray(values))
+    expected = [mean, (high - low) / 2, *(values if len(printed) > 2 else [])]
+    assert printed == pytest.approx(expected, abs=0.51 * 10.0**-digits + 1e-9), cell
+
+
+# ---- offline agents ----------------------------------------------------------------------------
+
+
+def test_base_agents() -> None:
+    seen = 0
+    for name, _, *cells in rows("| set | data | BC, 50,000 updates"):
+        for agent, cell in zip(("bc", "td3_bc", "iql"), cells, strict=True):
+            if cell == "–":
+                continue
+            final = raw(f"{agent}.{name}.final")["evaluations"][0]
+            check(cell.rstrip("*"), final["score"])
+            seen += 1
+    assert seen >= 23
+
+
+@pytest.mark.parametrize("judge", ["off", "value"])
+def test_corrected_policies(judge: str) -> None:
+    agents = {"IQL": "iql", "TD3+BC": "td3_bc"}
+    seen = 0
+    for name, data, mode, without, corrected, paired, _, _ in rows("| base | data | judge |"):
+        if mode != judge:
+            continue
+        found = [raw(f"cdsa.{agents[name]}.{data}.{k}.{judge}")["evaluations"] for k in range(3)]
+        before, after = (np.array([e[i]["score"][0] for e in found]) for i in (0, 1))
+        assert [e["agent"]["correction"] for e in found[0]] == ["off", "on"]
+        check(without, list(before))
+        check(corrected, list(after))
+        check(paired, list(after - before))
+        seen += 1
+    assert seen >= 11
+
+
+# ---- sequences ---------------------------------------------------------------------------------
+
+
+def matrix(name: str) -> np.ndarray:
+    """Scores after every task in every task, the last evaluation of each; NaN before it."""
+    evaluations = raw(name)["evaluations"]
+    size = 1 + max(e["task"] for e in evaluations)
+    found = np.full((size, size), np.nan)
+    for e in evaluations:
+        found[e["during"], e["task"]] = e["score"][0]
+    return found
+
+
+def kept(names: Sequence[str]) -> tuple[list[float], list[float], np.ndarray]:
+    """PER and BWT of every seed, mean scores after the last task."""
+    found = [matrix(name) for name in names]
+    lost = [m[-1, :-1] - np.diagonal(m)[:-1] for m in found]
+    last = np.array([m[-1] for m in found])
+    return list(last.mean(1)), [float(x.mean()) for x in lost], last.mean(0)
+
+
+def test_five_velocities() -> None:
+    variants = {
+        "fine-tuning": "finetune", "OER, random rows": "random", "OER, MBES": "mbes",
+        "OER, random rows, the data's actions": "random_dataset",
+        "frozen trunk, layers per task": "frozen", "LwF, no memory": "lwf",
+    }  # fmt: skip
+    seen = 0
+    for name, _, seeds, per, bwt, scores in rows("| variant | flags | seeds | PER |"):
+        if name not in variants:
+            continue
+        found = kept([f"oer/cheetah_vel.{variants[name]}.{s}" for s in range(int(seeds))])
+        check(per, found[0])
+        check(bwt, found[1])
+        assert [float(x) for x in NUMBER.findall(scores)] == pytest.approx(found[2], abs=0.51)
+        seen += 1
+    assert seen == len(variants)
+
+
+def test_triplet() -> None:
+    variants = {
+        "fine-tuning (no memory)": "finetune", "random rows": "random", "MBES": "mbes",
+        "MBES, reach 1, before": "mbes_reach1",
+    }  # fmt: skip
+    seen = 0
+    for name, per, bwt, scores in rows("| | PER (seeds) | BWT (seeds) |"):
+        if name not in variants:
+            continue
+        found = kept([f"oer/triplet.{variants[name]}.{s}" for s in range(3)])
+        check(per, found[0])
+        check(bwt, found[1])
+        assert [float(x) for x in NUMBER.findall(scores)] == pytest.approx(found[2], abs=0.051)
+        seen += 1
+    assert seen == len(variants)
+
+
+# ---- lives -------------------------------------------------------------------------------------
+
+
+def lives(start: str) -> list[dict[str, Any]]:
+    paths = sorted((RAW / "lives").glob(f"{start}.json"))
+    paths += sorted((RAW / "lives").glob(f"{start}.?-?.json"))
+    return [life for path in paths for life in json.loads(path.read_text())["lives"]]
+
+
+def test_lives() -> None:
+    agents = {
+        "ppo": "ppo", "dqn": "dqn", "reactive, published": "reactive", "ICM alone": "icm",
+        "reactive, reacting": "reacting", "the same with RND": "reacting_rnd",
+        "the reset alone": "reset",
+    }  # fmt: skip
+    kinds = {
+        "reward flip": "reward_flip", "rotation": "rotation", "colour swap": "colour_swap",
+        "none": "stationary",
+    }  # fmt: skip
+    seen = 0
+    for kind, agent, seeds, lifetime, phases, *_ in rows("| kind | agent | seeds | lifetime"):
+        if kind not in kinds:
+            continue
+        found = lives(f"{agents[agent]}.{kinds[kind]}")
+        assert len(found) == int(seeds), (kind, agent)
+        rewards = [np.asarray(life["reward"]) for life in found]
+        check(lifetime, [float(r.mean()) for r in rewards], digits=4)
+        third = np.mean([[part.mean() for part in np.split(r, (625, 1250))] for r in rewards], 0)
+        printed = [float(x) for x in NUMBER.findall(phases.replace("**", ""))]
+        assert printed == pytest.approx(third, abs=1.1e-3), (kind, agent)
+        seen += 1
+    assert seen >= 17
