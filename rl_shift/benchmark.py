@@ -23,6 +23,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from rl_shift import atomic
+
 
 @dataclass
 class Candidate:
@@ -354,8 +356,5 @@ def _show(values: Sequence[float], digits: int | None = None) -> str:
 
 def write_json(path: Path, rows: Sequence[Row], header: dict[str, Any]) -> None:
     """Write all rows and the environment atomically."""
-    path.parent.mkdir(parents=True, exist_ok=True)
     content = {"format": 1, "environment": header, "rows": [row.summary() for row in rows]}
-    temporary = path.with_name(path.name + ".tmp")
-    temporary.write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
-    os.replace(temporary, path)
+    atomic.write_text(path, json.dumps(content, indent=2) + "\n")

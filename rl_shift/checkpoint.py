@@ -16,6 +16,7 @@ import functools
 import hashlib
 import importlib.metadata
 import json
+import logging
 import os
 import platform
 import re
@@ -39,6 +40,7 @@ __all__ = ["Lock", "latest", "load", "save", "save_step", "versions"]
 FORMAT = 1
 STRUCTURE = "train_state.json"
 _STEP = re.compile(r"step_(\d+)(\.replaced)?")
+log = logging.getLogger(__name__)
 _PACKAGES = ("torch", "numpy", "gymnasium", "mujoco", "safetensors", "h5py")
 
 
@@ -209,8 +211,16 @@ def load(folder: Path) -> tuple[dict[str, Any], dict[str, Any]]:
 
 
 def latest(run_dir: Path) -> Path:
-    """The newest whole checkpoint of a run; half-written folders are passed over."""
+    """The newest whole checkpoint of a run; a damaged newer one is named and passed over."""
     found = _complete(run_dir)
+    for path in (run_dir / "checkpoints").glob("step_*"):
+        newer = _step(path) > (_step(found[-1]) if found else -1)
+        if newer and not _is_complete(path):
+            log.warning(
+                "note: the checkpoint %s is damaged (a file is missing or cut short): %s",
+                path,
+                f"taking {found[-1].name}, which is older" if found else "there is no older one",
+            )
     if not found:
         raise UserError(
             f"no checkpoint to resume from in {run_dir / 'checkpoints'}: give the folder of a run, "
@@ -229,6 +239,12 @@ def _complete(run_dir: Path) -> list[Path]:
         if match and _is_complete(folder / name):
             found.setdefault(int(match[1]), folder / name)
     return [found[step] for step in sorted(found)]
+
+
+def _step(folder: Path) -> int:
+    """The number in a checkpoint's name; -1 for what is none."""
+    match = _STEP.fullmatch(folder.name)
+    return int(match[1]) if match else -1
 
 
 def _is_complete(folder: Path) -> bool:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import sys
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any, Literal
 
 from rl_shift.commands import limit_torch
@@ -227,6 +228,7 @@ class CollectSettings:
     noise: float = 0.0  # standard deviation of Gaussian noise on the actions
     seed: int = 0  # of environments and noise
     compression: str | None = None  # such as gzip; uncompressed files load fastest
+    overwrite: bool = False  # replace the file if it exists
     threads: int = 1  # CPU threads
 
 
@@ -247,6 +249,11 @@ def _collect(argv: list[str]) -> int:
         raise UserError(f"unexpected argument {words[0]!r}; policies are given with --policy")
     if not policies or settings.env is None or settings.steps is None or settings.out is None:
         raise UserError("rl-shift data collect needs --policy, --env, --steps and --out")
+    out = Path(settings.out)
+    if out.suffix not in (".hdf5", ".h5"):
+        raise UserError(f"--out {out} must end in .hdf5 or .h5, which datasets are found by")
+    if out.exists() and not settings.overwrite:
+        raise UserError(f"--out {out} exists: choose another name, or give --overwrite true")
     limit_torch(settings.threads)
     from rl_shift.recording import record
 

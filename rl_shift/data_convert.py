@@ -7,14 +7,12 @@ environment are kept as attributes (NPZ: arrays without dimensions).
 
 from __future__ import annotations
 
-import os
-from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-from rl_shift import datasets
+from rl_shift import atomic, datasets
 from rl_shift.dataset_minari import PREFIX
 from rl_shift.dataset_minari import write as write_minari
 from rl_shift.errors import UserError
@@ -71,19 +69,11 @@ def _attributes(info: datasets.DatasetInfo) -> dict[str, Any]:
 
 
 def _write_npz(path: Path, arrays: dict[str, np.ndarray], attributes: dict[str, Any]) -> Path:
-    partial = path.with_name(f".{path.stem}-{os.getpid()}.npz")
     content = {key: arrays[key] for key in ("observations", "actions", "rewards")}
     content["next_observations"] = arrays["next_observations"]
     content["terminals"] = (arrays["terminals"] | arrays["timeouts"]).astype(np.float32)
     content["masks"] = (~arrays["terminals"]).astype(np.float32)
     content |= {key: np.asarray(value) for key, value in attributes.items()}
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
+    with atomic.replacing(path, "choose another place") as partial:
         np.savez(partial, allow_pickle=False, **content)
-        partial.replace(path)
-    except OSError as error:
-        raise UserError(f"cannot write {path}: {error.strerror}; choose another place") from error
-    finally:
-        with suppress(OSError):
-            partial.unlink(missing_ok=True)
     return path

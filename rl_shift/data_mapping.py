@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import json
 import mmap
-import os
 from collections.abc import Iterator, Sequence
 from contextlib import suppress
 from pathlib import Path
@@ -19,7 +18,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from rl_shift import dataset_cache, datasets
+from rl_shift import atomic, dataset_cache, datasets
 from rl_shift.buffer import Buffer
 from rl_shift.dataset_files import check_layout, opened
 from rl_shift.errors import UserError
@@ -220,19 +219,11 @@ def _packed(info: datasets.DatasetInfo, reward: str) -> Path:
     with suppress(OSError, ValueError):
         if json.loads(note.read_text(encoding="utf-8")) == facts and path.is_file():
             return path
-    partial = path.with_name(f".{path.name}.{os.getpid()}.partial")
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
+    with atomic.replacing(path, "make room") as partial:
         with opened(info.path), h5py.File(info.path, "r") as file:
             _pack(info, file, partial, reward)
         note.unlink(missing_ok=True)
-        partial.replace(path)
-        note.write_text(json.dumps(facts), encoding="utf-8")
-    except OSError as error:
-        raise UserError(f"cannot write {path}: {error.strerror or error}; make room") from error
-    finally:
-        with suppress(OSError):
-            partial.unlink(missing_ok=True)
+    atomic.write_text(note, json.dumps(facts), "make room")
     return path
 
 

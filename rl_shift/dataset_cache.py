@@ -13,11 +13,13 @@ import json
 import os
 import stat
 import zlib
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
+from rl_shift import atomic
 from rl_shift.dataset_rows import Transitions
 
 FORMAT = 1
@@ -74,22 +76,18 @@ def save(
     if any(block.dtype not in (np.float32, np.bool_) for block in blocks.values()):
         return
     target = place(path, f"{mode}.npy")
-    partial = target.with_name(f".{target.name}.{os.getpid()}.partial")
     header = {
         "descr": "<f4",
         "fortran_order": False,
         "shape": (sum(block.size for block in blocks.values()),),
     }
     try:
-        target.parent.mkdir(parents=True, exist_ok=True)
-        with partial.open("wb") as file:
+        with atomic.replacing(target) as partial, partial.open("wb") as file:
             np.lib.format.write_array_header_1_0(file, header)
             for block in blocks.values():
                 np.ascontiguousarray(block, dtype="<f4").tofile(file)
-        os.replace(partial, target)
     except OSError:
         # A cache is a convenience: without room for it the next load reads the source again.
-        partial.unlink(missing_ok=True)
         return
     entry = {
         "settings": settings,
@@ -113,14 +111,8 @@ def _read_index(path: Path) -> dict[str, Any]:
 
 def _update_index(path: Path, entries: dict[str, Any]) -> None:
     index = _read_index(path) | {"source": _fingerprint(path)} | entries
-    target = place(path, "cache.json")
-    partial = target.with_name(f".{target.name}.{os.getpid()}.partial")
-    try:
-        target.parent.mkdir(parents=True, exist_ok=True)
-        partial.write_text(json.dumps(index), encoding="utf-8")
-        os.replace(partial, target)
-    except OSError:
-        partial.unlink(missing_ok=True)
+    with suppress(OSError):
+        atomic.write_text(place(path, "cache.json"), json.dumps(index))
 
 
 def _fingerprint(path: Path) -> list[Any]:

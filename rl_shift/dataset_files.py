@@ -79,9 +79,12 @@ def opened(path: Path) -> Iterator[Source]:
                 yield _Hdf5(path, file)
     except (OSError, EOFError, RuntimeError, ValueError, zipfile.BadZipFile) as error:
         kind = "NPZ" if path.suffix == ".npz" else "HDF5"
+        reason = _one_line(error)
+        if "pickle" in reason:  # NumPy's advice for what is no array file; nothing is unpickled
+            reason = "it holds no arrays"
         raise UserError(
-            f"{path} is not a readable {kind} file, damaged or cut short ({_one_line(error)}); "
-            "download or make it again"
+            f"{path} is not a readable {kind} file, damaged or cut short ({reason}); download or "
+            "make it again"
         ) from error
 
 
@@ -185,6 +188,9 @@ def check_layout(source: Source) -> None:
             f"{path}: chunked file not supported (keys virtual/<chunk>/...); merge its chunks into "
             "one file with the arrays at the top level"
         )
+    for key, kind in source.kinds.items():
+        if key in (*REQUIRED, "timeouts", "next_observations") and kind not in "biuf":
+            raise UserError(f"{path}: {key} holds no numbers; write it as floats and try again")
     missing = [key for key in REQUIRED if key not in shapes]
     if missing:
         raise UserError(

@@ -8,6 +8,7 @@ import urllib.request
 from collections.abc import Callable
 from pathlib import Path
 
+from rl_shift import atomic
 from rl_shift.dataset_files import check_layout, opened
 from rl_shift.dataset_lookup import folders, resolve
 from rl_shift.dataset_table import table
@@ -48,32 +49,30 @@ def download(
     url = f"{base}/datasets/offline_rl/{entry.folder}/{entry.file}"
     if not url.startswith(("http://", "https://", "file://")):
         raise UserError(f"--base-url {base!r} is no http, https or file address; {by_hand}")
-    partial = target.with_name(f".{target.name}.{os.getpid()}.partial.hdf5")
     try:
-        folder.mkdir(parents=True, exist_ok=True)
         with (
             urllib.request.urlopen(url, timeout=timeout or 10.0) as answer,
-            partial.open("wb") as file,
+            atomic.replacing(target) as partial,
         ):
-            while chunk := answer.read(1 << 20):
-                file.write(chunk)
-                if progress is not None:
-                    progress(file.tell())
-        size = partial.stat().st_size
-        if entry.size not in (None, size):
-            raise UserError(f"{url} gave {size} bytes, expected {entry.size}; try again, {by_hand}")
-        try:
-            with opened(partial) as source:
-                check_layout(source)
-        except UserError as error:
-            reason = str(error).replace(str(partial), url)
-            raise UserError(f"{reason} ({by_hand})") from error
-        os.replace(partial, target)
+            with partial.open("wb") as file:
+                while chunk := answer.read(1 << 20):
+                    file.write(chunk)
+                    if progress is not None:
+                        progress(file.tell())
+            size = partial.stat().st_size
+            if entry.size not in (None, size):
+                raise UserError(
+                    f"{url} gave {size} bytes, expected {entry.size}; try again, {by_hand}"
+                )
+            try:
+                with opened(partial) as source:
+                    check_layout(source)
+            except UserError as error:
+                reason = str(error).replace(str(partial), url)
+                raise UserError(f"{reason} ({by_hand})") from error
     except (OSError, urllib.error.URLError, ValueError) as error:
         cause = getattr(error, "reason", None) or error
         raise UserError(
             f"dataset {id!r}: {url} could not be fetched ({cause}); check the network, {by_hand}"
         ) from error
-    finally:
-        partial.unlink(missing_ok=True)
     return target

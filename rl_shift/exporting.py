@@ -9,16 +9,15 @@ from __future__ import annotations
 
 import json
 import logging
-import os
 import warnings
 from collections.abc import Callable
-from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
 import numpy as np
 
+from rl_shift import atomic
 from rl_shift.errors import UserError
 from rl_shift.options import asked
 
@@ -93,9 +92,7 @@ def write(policy: TrainedPolicy, path: Path, format: Format) -> float:
     writers: dict[str, Callable[..., Callable[[Any], Any]]] = {
         "onnx": _onnx, "torchscript": _torchscript, "torch": _torch_export,
     }  # fmt: skip
-    partial = path.with_name(f".{path.stem}-{os.getpid()}{path.suffix or SUFFIX[format]}")
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
+    with atomic.replacing(path, "choose another --out", SUFFIX[format]) as partial:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # torch's own, about its next version
             run = writers[format](module, example, partial, _facts(policy))
@@ -107,12 +104,6 @@ def write(policy: TrainedPolicy, path: Path, format: Format) -> float:
                 f"the exported policy differs from the trained one by {error:.2g}, more than "
                 f"{TOLERANCE * width:.1g}: it was not kept; please report this"
             )
-        partial.replace(path)
-    except OSError as error:
-        raise UserError(f"cannot write {path}: {error.strerror}; choose another --out") from error
-    finally:
-        with suppress(OSError):
-            partial.unlink(missing_ok=True)
     return error
 
 

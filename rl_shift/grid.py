@@ -96,7 +96,7 @@ def _runs_of(entry: Mapping[str, Any], settings: dict[str, Any], where: str) -> 
                 raise UserError(f"{where}: {error}") from error
             parts = [entry.get("label") or run.agent_name.rpartition(":")[2], run.tasks[0].name]
             parts += [f"{key.rpartition('.')[2]}={value}" for key, value in variant.items()]
-            name = ".".join(re.sub(r"[^\w.=-]+", "-", str(part)) for part in parts)
+            name = ".".join(re.sub(r"[^\w.=+-]+", "-", str(part)) for part in parts)
             yield Planned(name, run, str(parts[0]))
 
 

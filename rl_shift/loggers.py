@@ -12,6 +12,7 @@ from contextlib import suppress
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TextIO
 
+from rl_shift import atomic
 from rl_shift.errors import UserError
 
 if TYPE_CHECKING:
@@ -124,17 +125,10 @@ def read_metrics(path: Path) -> list[dict[str, Any]]:
 def _truncate(path: Path, step: int) -> float:
     """Drop the lines beyond `step` in one atomic replacement; returns the seconds spent so far."""
     kept = [line for line in read_metrics(path) if line["step"] <= step]
-    temporary = path.with_name(f".tmp-{path.name}")
-    try:
-        with temporary.open("w", encoding="utf-8") as file:
-            file.writelines(json.dumps(line) + "\n" for line in kept)
-            file.flush()
-            os.fsync(file.fileno())
-        temporary.replace(path)
-    except OSError:
-        with suppress(OSError):
-            temporary.unlink()
-        raise
+    with atomic.replacing(path) as partial, partial.open("w", encoding="utf-8") as file:
+        file.writelines(json.dumps(line) + "\n" for line in kept)
+        file.flush()
+        os.fsync(file.fileno())
     return float(kept[-1].get("time_s", 0.0)) if kept else 0.0
 
 

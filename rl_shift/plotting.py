@@ -6,6 +6,7 @@ import json
 from pathlib import Path
 from typing import Any
 
+from rl_shift import atomic
 from rl_shift.errors import UserError
 
 DPI = 130  # of a report's pictures; a page shows them at 96 per inch
@@ -28,11 +29,9 @@ def save(figure: Any, path: Path) -> None:
     """Write a figure as PNG in one step."""
     from matplotlib.backends.backend_agg import FigureCanvasAgg
 
-    partial = path.with_name(f".{path.name}.partial")
     canvas: Any = FigureCanvasAgg(figure)
-    with partial.open("wb") as file:
+    with atomic.replacing(path) as partial, partial.open("wb") as file:
         canvas.print_png(file)
-    partial.replace(path)
 
 
 def learning_curve(run_dir: Path, data_return: float | None = None) -> Path:

@@ -20,7 +20,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from rl_shift import config
+from rl_shift import atomic, config
 from rl_shift.errors import UserError
 from rl_shift.launcher import (
     COMMAND,
@@ -312,6 +312,4 @@ def _tell(
 ) -> None:
     """Write how the job fares, in one step."""
     told = {"state": state, "error": error, "code": code, "began": began, "seconds": seconds}
-    partial = folder / f"{STATE}.{os.getpid()}"
-    partial.write_text(json.dumps(told), encoding="utf-8")
-    partial.replace(folder / STATE)
+    atomic.write_text(folder / STATE, json.dumps(told))

@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import contextlib
-import os
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -13,7 +11,7 @@ import gymnasium
 import numpy as np
 from gymnasium import spaces
 
-from rl_shift import __version__
+from rl_shift import __version__, atomic
 from rl_shift.dataset_table import reference_scores_of
 from rl_shift.envs import make_env
 from rl_shift.errors import UserError
@@ -86,7 +84,7 @@ def record(
         raise UserError(f"--steps {steps} is too small for {len(policies)} policies; raise it")
     if noise < 0:
         raise UserError(f"--noise {noise} is negative; give a standard deviation")
-    _check_writable(out)
+    atomic.check_writable(Path(out), "choose another --out")
     envs = [make_env(env_id) for _ in range(lanes)]
     context = getattr(envs[0].unwrapped, "context", None)
     loaded = [load_policy(policy, *_widths(envs[0], env_id), context) for policy in policies]
@@ -135,34 +133,19 @@ def write_hdf5(
     import h5py
 
     path = Path(path)
-    partial = _partial(path)
-    with _removed_on_error(partial):
-        try:
-            path.parent.mkdir(parents=True, exist_ok=True)
-            with h5py.File(partial, "w") as file:
-                for key, value in arrays.items():
-                    filters = {"compression": compression} if np.ndim(value) else {}
-                    file.create_dataset(key, data=value, **filters)
-                for key, value in attributes.items():
-                    file.attrs[key] = value
-            os.replace(partial, path)
-        except (OSError, ValueError) as error:  # ValueError: an unknown compression
-            raise UserError(f"cannot write {path}: {error}; choose another --out") from error
-    return path
-
-
-def _partial(path: Path) -> Path:
-    return path.with_name(f".{path.name}.{os.getpid()}.partial")
-
-
-def _check_writable(path: Path) -> None:
-    """Refuses a place that cannot be written before the rollout, not after it."""
     try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        _partial(path).touch()
-        _partial(path).unlink()
-    except OSError as error:
-        raise UserError(f"cannot write {path}: {error}; choose another --out") from error
+        with (
+            atomic.replacing(path, "choose another --out") as partial,
+            h5py.File(partial, "w") as file,
+        ):
+            for key, value in arrays.items():
+                filters = {"compression": compression} if np.ndim(value) else {}
+                file.create_dataset(key, data=value, **filters)
+            for key, value in attributes.items():
+                file.attrs[key] = value
+    except ValueError as error:  # an unknown compression
+        raise UserError(f"cannot write {path}: {error}; choose another") from error
+    return path
 
 
 def _rollout(
@@ -285,13 +268,3 @@ def _density(policy: TanhGaussianPolicy) -> dict[str, Any]:
     arrays["metadata/policy/output_distribution"] = "tanh_gaussian"
     arrays["metadata/algorithm"] = "SAC"
     return arrays
-
-
-@contextlib.contextmanager
-def _removed_on_error(path: Path) -> Iterator[None]:
-    try:
-        yield
-    except BaseException:
-        with contextlib.suppress(OSError):
-            path.unlink(missing_ok=True)
-        raise

@@ -7,11 +7,10 @@ keeps a second process out.
 from __future__ import annotations
 
 import json
-import os
 import shutil
 import time
 from collections.abc import Generator, Iterator, Mapping, Sequence
-from contextlib import closing, contextmanager, suppress
+from contextlib import closing, contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -20,7 +19,7 @@ import numpy as np
 import torch
 from gymnasium.spaces import Box, Space
 
-from rl_shift import agents, checkpoint, config, datasets, envs, seeding, separate_seeds
+from rl_shift import agents, atomic, checkpoint, config, datasets, envs, seeding, separate_seeds
 from rl_shift.agent import Agent, Stage, Wrapper
 from rl_shift.config import RunConfig, Task
 from rl_shift.envs import termination
@@ -61,8 +60,8 @@ def train(run: RunConfig, progress: bool = True) -> Path:
     folder = config.run_folder(run)
     run = replace(run, run_dir=str(folder))
     if separate_seeds.apart(run):
-        _prepare(folder, run)
-        return separate_seeds.train_seeds(run, folder, progress)
+        with _prepared(folder, run):
+            return separate_seeds.train_seeds(run, folder, progress)
     for _ in moments(run, progress):
         pass
     return folder
@@ -84,17 +83,8 @@ def moments(run: RunConfig, progress: bool = False) -> Generator[Moment]:
     _set_torch(run)
     tasks = resolve(run)
     agent = make_agent(run, tasks, fresh=True)
-    fresh = not folder.exists()
-    try:
-        _prepare(folder, run)
-        with checkpoint.Lock(folder):
-            yield from _run(agent, tasks, run, folder, progress)
-    except TrainingDiverged:
-        raise  # its logs say how it went
-    except UserError:
-        if fresh and not (folder / "checkpoints").is_dir():
-            shutil.rmtree(folder, ignore_errors=True)
-        raise
+    with _prepared(folder, run), checkpoint.Lock(folder):
+        yield from _run(agent, tasks, run, folder, progress)
 
 
 def resume(
@@ -345,21 +335,59 @@ def _set_torch(run: RunConfig) -> None:
 # ---- the run folder ----------------------------------------------------------------------------
 
 
-def _prepare(folder: Path, run: RunConfig) -> None:
-    """An empty folder, or an explained refusal."""
+_ASIDE = ".overwritten"  # what an overwritten folder held, until the new run has begun
+_STAYS = ("lock", LOG, _ASIDE)
+
+
+@contextmanager
+def _prepared(folder: Path, run: RunConfig) -> Iterator[None]:
+    """An empty run folder, whose old contents come back if the new run does not get going.
+
+    Raises:
+        UserError: it is not empty, or cannot be written.
+    """
+    fresh = not folder.exists()
+    _empty(folder, run)
+    aside = folder / _ASIDE
+    try:
+        yield
+    except (TrainingDiverged, KeyboardInterrupt, GeneratorExit):
+        raise  # its logs say how it went
+    except BaseException:
+        if not any([*folder.glob("checkpoints/*"), *folder.glob("seed*/checkpoints/*")]):
+            if fresh:
+                shutil.rmtree(folder, ignore_errors=True)
+            elif aside.is_dir():
+                for entry in folder.iterdir():
+                    if entry.name not in _STAYS:
+                        shutil.rmtree(entry) if entry.is_dir() else entry.unlink()
+                for entry in aside.iterdir():
+                    entry.rename(folder / entry.name)
+        raise
+    finally:
+        shutil.rmtree(aside, ignore_errors=True)
+
+
+def _empty(folder: Path, run: RunConfig) -> None:
+    """Make the folder, or set its contents aside where they may be overwritten."""
     if folder.exists() and not folder.is_dir():
         raise UserError(f"{folder} is a file: choose another --run-dir")
     try:
         if folder.is_dir() and any(folder.iterdir()):
             if not run.overwrite:
+                begun = any(folder.glob("checkpoints/*")) or any(folder.glob("seed*/checkpoints/*"))
                 raise UserError(
-                    f"the run folder {folder} is not empty: resume it with --resume, choose another"
-                    " --run-dir, or empty it with --overwrite"
+                    f"the run folder {folder} is not empty: "
+                    f"{'resume it with --resume, ' * begun}choose another --run-dir, or empty it "
+                    "with --overwrite"
                 )
             with checkpoint.Lock(folder):
+                aside = folder / _ASIDE
+                shutil.rmtree(aside, ignore_errors=True)
+                aside.mkdir()
                 for entry in folder.iterdir():
-                    if entry.name not in ("lock", LOG):
-                        shutil.rmtree(entry) if entry.is_dir() else entry.unlink()
+                    if entry.name not in _STAYS:
+                        entry.rename(aside / entry.name)
         folder.mkdir(parents=True, exist_ok=True)
     except OSError as error:
         raise UserError(
@@ -415,6 +443,7 @@ def _run(
         checkpoint.save_step(
             folder, _position(clock), state, config.dump(run), meta, run.keep_checkpoints
         )
+        shutil.rmtree(folder / _ASIDE, ignore_errors=True)
 
     def results(status: str) -> None:
         content = _results(run, tasks, data, trainer, wall(), device, status)
@@ -511,9 +540,9 @@ def _check_stages(agent: Agent, tasks: list[Task], state: Mapping[str, Any]) -> 
     after = agent.stages(tasks[clock.task])
     passed, now = before[: clock.stage], before[clock.stage]
     if after[: clock.stage] != passed or after[clock.stage].name != now.name:
+        how = "extend --env-steps instead" if now.env_steps else "train anew with a larger budget"
         raise UserError(
-            f"the run is in its stage {now.name!r}, for which earlier ones must have ended: a "
-            "longer earlier stage needs a run of its own, so train anew with the larger budget"
+            f"the run is in its stage {now.name!r} and cannot be given a longer earlier one: {how}"
         )
 
 
@@ -525,8 +554,8 @@ def _ended_schedules(agent: Agent, tasks: list[Task], state: Mapping[str, Any]) 
     ):
         return []
     return [
-        f"the learning rate of {name!r} was scheduled over {total} updates and keeps its final "
-        "value from there on"
+        f"the learning rate of {name!r} was scheduled over {total} updates and is 0 from there on, "
+        "so that this network no longer learns: a longer schedule needs a run of its own"
         for part in agent.contained()
         for name, total in part.schedules.items()
         if total
@@ -624,12 +653,5 @@ def data_score(info: datasets.DatasetInfo) -> tuple[float, float | None]:
 
 
 def write(path: Path, text: str) -> None:
-    """Replace a file in one step."""
-    temporary = path.with_name(f".tmp-{path.name}-{os.getpid()}")
-    try:
-        temporary.write_text(text, encoding="utf-8")
-        temporary.replace(path)
-    except OSError as error:
-        with suppress(OSError):
-            temporary.unlink()
-        raise UserError(f"cannot write {path}: {error.strerror}; make room and resume") from error
+    """Replace a file of a run in one step."""
+    atomic.write_text(path, text, "make room and resume")

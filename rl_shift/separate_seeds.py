@@ -80,11 +80,7 @@ def train_seeds(run: RunConfig, folder: Path, progress: bool = True) -> Path:
     """
     from rl_shift import runs
 
-    try:
-        runs.make_agent(replace(run, seeds=1, device="cpu"), runs.resolve(run), fresh=True)
-    except UserError:
-        shutil.rmtree(folder, ignore_errors=True)
-        raise
+    runs.make_agent(replace(run, seeds=1, device="cpu"), runs.resolve(run), fresh=True)
     return _launch(run, folder, progress)
 
 

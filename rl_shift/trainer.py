@@ -86,6 +86,7 @@ class Trainer:
         self._rollouts: deque[tuple[float, float]] = deque(maxlen=100)
         self._metrics: Metrics = {}
         self._resumed: Mapping[str, Any] | None = None
+        self._saved = False  # whether there is a checkpoint to go on from
         self._stop = False
         self._since = time.perf_counter()  # the stopwatch behind `seconds` runs from here
         self._marks = (0.0, 0)  # seconds and updates at the last log
@@ -241,9 +242,10 @@ class Trainer:
         found = [*self._metrics.items(), *self.agent.named_parameters()]
         bad = next((k for k, v in found if not bool(torch.isfinite(v).all())), None)
         if bad is not None:
+            kept = "earlier checkpoints are kept" if self._saved else "no checkpoint was saved yet"
             raise TrainingDiverged(
                 f"{bad} is not finite after {self.clock.total_updates} updates; training stopped, "
-                "earlier checkpoints are kept: lower the learning rate or check the data"
+                f"{kept}: lower the learning rate or check the data"
             )
 
     def _log(self, stage: Stage) -> None:
@@ -375,6 +377,7 @@ class Trainer:
         self._check_finite()
         self._stop_watch()
         self.save(self.clock, self.state())
+        self._saved = True
         self._since = time.perf_counter()
 
     def state(self) -> dict[str, Any]:

@@ -272,7 +272,7 @@ def test_keeps_the_last(tmp_path):
     assert checkpoint.latest(tmp_path).name == "step_1000000000"
 
 
-def test_latest_passes_over_the_unfinished(tmp_path):
+def test_latest_passes_over_the_damaged_and_says_so(tmp_path, caplog):
     whole = checkpoint.save_step(tmp_path, 1, state(1), "", META)
     later = checkpoint.save_step(tmp_path, 2, state(2), "", META)
     (later / FILES[0]).unlink()
@@ -282,6 +282,8 @@ def test_latest_passes_over_the_unfinished(tmp_path):
     (folder / "step_x").mkdir()
     (folder / "notes.txt").write_text("")
     assert checkpoint.latest(tmp_path) == whole
+    said = [record.getMessage() for record in caplog.records]
+    assert len(said) == 2 and all("damaged" in line and "step_000000001" in line for line in said)
     checkpoint.save_step(tmp_path, 5, state(5), "", META)
     assert not list(folder.glob(".tmp*"))
 

@@ -3,6 +3,7 @@
 import json
 import os
 import re
+import shutil
 import signal
 import subprocess
 import sys
@@ -10,6 +11,7 @@ import time
 from pathlib import Path
 from typing import Any
 
+import h5py
 import numpy as np
 import pytest
 
@@ -208,6 +210,21 @@ def run_dir(dataset: str, tmp_path_factory: pytest.TempPathFactory) -> str:
     return folder
 
 
+def test_a_recorded_file_is_not_replaced_unasked(
+    dataset: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    argv = ["data", "collect", "--policy", "random", "--env", "Pendulum-v1", "--steps", "5"]
+    path = tmp_path / "a.hdf5"
+    assert cli.main([*argv, "--out", str(path)]) == 0
+    before = path.read_bytes()
+    assert cli.main([*argv, "--seed", "1", "--out", str(path)]) == 2
+    assert "exists" in capsys.readouterr().err and path.read_bytes() == before
+    assert cli.main([*argv, "--seed", "1", "--out", str(path), "--overwrite", "true"]) == 0
+    assert path.read_bytes() != before
+    assert cli.main([*argv, "--out", str(tmp_path / "a.foo")]) == 2
+    assert "must end in .hdf5" in capsys.readouterr().err
+
+
 def test_data_info_and_verify(dataset: str, capsys: pytest.CaptureFixture[str]) -> None:
     assert cli.main(["data", "info", dataset]) == 0
     out = capsys.readouterr().out
@@ -259,8 +276,40 @@ def test_a_non_empty_folder_is_refused(
     before = sorted(Path(run_dir).rglob("*"))
     argv = ["train", "bc", "--dataset", dataset, "--updates", "5", "--run-dir", run_dir, *FEW]
     assert cli.main(argv) == 2
-    assert "--overwrite" in capsys.readouterr().err
+    assert "resume it with --resume" in capsys.readouterr().err
     assert sorted(Path(run_dir).rglob("*")) == before
+
+
+def test_an_overwritten_run_comes_back_if_the_new_one_cannot_begin(
+    run_dir: str, dataset: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    folder = tmp_path / "copy"
+    shutil.copytree(run_dir, folder)
+    before = sorted(folder.rglob("*"))
+    argv = ["train", "bc", "--dataset", "", "--updates", "5", "--run-dir", str(folder), *FEW]
+    lost = tmp_path / "lost.hdf5"
+    with h5py.File(dataset) as old, h5py.File(lost, "w") as file:
+        for key in ("observations", "actions", "rewards", "terminals", "timeouts"):
+            file[key] = old[key][()]
+        file["rewards"][3] = np.nan
+    argv[3] = str(lost)  # found to be bad only after the folder was emptied
+    assert cli.main([*argv, "--env", "Pendulum-v1", "--overwrite"]) == 2
+    assert "rewards holds NaN" in capsys.readouterr().err
+    assert sorted(folder.rglob("*")) == before
+    argv[3] = dataset
+    assert cli.main([*argv, "--overwrite"]) == 0
+    assert json.loads((folder / "results.json").read_text())["updates"] == 5
+    assert not (folder / ".overwritten").exists()
+
+
+def test_what_stopped_before_its_first_checkpoint_is_not_resumed(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / "config.yaml").write_text("")
+    argv = ["train", "bc", "--dataset", "rl_shift/hopper-replay-v0", "--updates", "1"]
+    assert cli.main([*argv, "--run-dir", str(tmp_path)]) == 2
+    said = capsys.readouterr().err
+    assert "--resume" not in said and "--overwrite" in said
 
 
 def test_interrupt_says_how_to_go_on(

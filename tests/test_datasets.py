@@ -588,6 +588,7 @@ def poisoned(key: str, value: float) -> dict[str, Any]:
     [
         (damaged(rewards=None), ["lacks rewards", "observations, actions, rewards, terminals"]),
         ({"virtual/0/observations": np.zeros(3)}, ["chunked file not supported", "merge"]),
+        (damaged(rewards=np.full(12, b"1")), ["rewards holds no numbers"]),
         (damaged(rewards=np.zeros(11)), ["rewards has shape (11,)", "(12,)"]),
         (damaged(actions=np.zeros((5, 2))), ["actions has shape (5, 2)", "(12, ...)"]),
         (damaged(timeouts=np.zeros((12, 2))), ["timeouts has shape (12, 2)"]),
@@ -615,6 +616,10 @@ def test_bad_files_say_what_and_where(
 def test_truncated_and_foreign_files(folder: Path) -> None:
     path = write(folder / "x.hdf5", rows(4000))
     content = path.read_bytes()
+    (folder / "text.npz").write_text("no archive")
+    with pytest.raises(UserError, match="not a readable NPZ file.*again") as caught:
+        datasets.load(folder / "text.npz")
+    assert "pickle" not in str(caught.value)
     for damage in (content[: len(content) // 2], b"<html>not found</html>", b""):
         path.write_bytes(damage)
         with pytest.raises(UserError, match="not a readable HDF5 file.*again"):
