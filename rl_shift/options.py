@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import argparse
 import dataclasses
 import inspect
 import re
@@ -51,6 +52,10 @@ class OneLineParser(jsonargparse.ArgumentParser):
     def error(self, message: str, ex: Exception | None = None) -> NoReturn:
         """Raises instead of printing."""
         raise UserError(" ".join(message.split())) from ex
+
+
+class UnfilledHelp(jsonargparse.DefaultHelpFormatter, argparse.RawDescriptionHelpFormatter):
+    """Keeps the lines of a description that shows a file."""
 
 
 class Parser:

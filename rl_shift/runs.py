@@ -445,9 +445,9 @@ def _run(
         )
         shutil.rmtree(folder / _ASIDE, ignore_errors=True)
 
-    def results(status: str) -> None:
+    def results(status: str, errors: Mapping[str, str] | None = None) -> None:
         content = _results(run, tasks, data, trainer, wall(), device, status)
-        write(folder / RESULTS, json.dumps(content))
+        write(folder / RESULTS, json.dumps(content | ({"errors": errors} if errors else {})))
 
     trainer = Trainer(agent, tasks, run, log, save, bar.tick, lambda _: results("running"))
     position = None
@@ -459,7 +459,7 @@ def _run(
         trainer.warnings += _ended_schedules(agent, tasks, state)
     write(folder / CONFIG, config.dump(run))  # an extended run that stops keeps its new budget
     loggers = Loggers(folder, position)
-    status = "failed"
+    status, errors = "failed", {}
     try:
         with closing(trainer.steps()) as steps:
             for _ in steps:
@@ -468,10 +468,13 @@ def _run(
     except (KeyboardInterrupt, GeneratorExit):
         status = "stopped"
         raise
+    except Exception as error:
+        errors = {"training": " ".join(str(error).split()) or type(error).__name__}
+        raise
     finally:
         bar.close()
         loggers.close()
-        results(status)
+        results(status, errors)
         for warning in trainer.warnings:
             print(f"note: {warning}")
     yield from news()

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any, Literal
 from rl_shift import config, grid
 from rl_shift.errors import UserError
 from rl_shift.grid import Planned
-from rl_shift.options import Parser, options_of, split
+from rl_shift.options import Parser, UnfilledHelp, options_of, split
 
 if TYPE_CHECKING:
     from rl_shift.estimate import Work
@@ -49,7 +49,9 @@ def sweep(argv: list[str]) -> int:
     """`rl-shift sweep`."""
     switches = ("--help", "-h", "--dry-run", "--estimate")
     words, flags = split(argv, switches)
-    parser = Parser(options_of(SweepSettings), usage=USAGE, description=TEXT)
+    parser = Parser(
+        options_of(SweepSettings), usage=USAGE, description=TEXT, formatter_class=UnfilledHelp
+    )
     if {"--help", "-h"} & set(flags):
         parser.parser.print_help()
         return 0
@@ -58,6 +60,10 @@ def sweep(argv: list[str]) -> int:
     settings = SweepSettings(**(parser.defaults() | parser.flags(flags)))
     if settings.processes is not None and settings.processes < 1:
         raise UserError(f"--processes must be at least 1, not {settings.processes}")
+    if settings.retries < 0:
+        raise UserError(f"--retries must not be negative, not {settings.retries}")
+    if settings.address is not None and settings.backend != "ray":
+        raise UserError("--address is of a Ray cluster: give --backend ray as well")
     out = Path(settings.out) if settings.out else Path("sweeps", Path(words[0]).stem)
     planned, wanted = grid.read(words[0]), grid.search_of(words[0])
     if wanted is not None:

@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import yaml
 
 from rl_shift import cli, config, estimate, grid, launcher, runs
 from rl_shift.errors import UserError
@@ -282,3 +283,22 @@ def test_speeds_come_from_earlier_runs_else_from_a_measurement(
     assert past(sized(replace(run, compile="on"))) is None
     begun = sized(run, folder)
     assert begun.updates == pytest.approx(1000)  # 3000 of 4000 are done
+
+
+def test_options_without_effect_are_refused_and_the_sample_can_be_read(
+    in_empty_folder: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert cli.main(["sweep", "--help"]) == 0
+    shown = capsys.readouterr().out
+    lines = shown[shown.index("agents: [") : shown.index("With `search")]
+    assert set(yaml.safe_load(lines)) == {"agents", "datasets", "seeds", "settings", "overrides"}
+    Path("grid.yaml").write_text(
+        "agents: [bc]\ndatasets: [rl_shift/hopper-replay-v0]\nsettings: {updates: 1}\n"
+        "overrides: {agent.learning_rate: [1.0e+16, 1.0e-16]}\n"
+    )
+    for flags, said in ((["--address", "x"], "give --backend ray"), (["--retries", "-1"], "-1")):
+        assert cli.main(["sweep", "grid.yaml", *flags]) == 2
+        assert said in capsys.readouterr().err
+    assert cli.main(["sweep", "grid.yaml", "--dry-run", "true"]) == 0
+    shown = capsys.readouterr().out
+    assert "learning_rate=1e+16" in shown and "learning_rate=1e-16" in shown
