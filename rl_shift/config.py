@@ -226,8 +226,8 @@ def _read_preset(name: str) -> dict[str, Any]:
     known = presets()
     if name not in known:
         raise UserError(
-            f"unknown preset {name!r}{nearest(name, known)}; `rl-shift list presets` shows all, and "
-            "a file of your own is given with --config"
+            f"unknown preset {name!r}{nearest(name, known)}; `rl-shift list presets` shows all, "
+            "and a file of your own is given with --config"
         )
     text = files("rl_shift.configs").joinpath(f"{name}.yaml").read_text(encoding="utf-8")
     return _mapping(text, f"preset {name}")
