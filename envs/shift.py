@@ -29,6 +29,7 @@ from typing import Any
 import gymnasium
 import numpy as np
 from gymnasium import spaces
+from gymnasium.utils import RecordConstructorArgs
 
 from rl_shift.envs import shift_kinds as kinds
 from rl_shift.envs.endless import EndlessLife
@@ -202,14 +203,15 @@ def _from_mapping(values: dict[str, Any]) -> Shift:
     return Shift(name, kind, make_schedule(timing, where))
 
 
-class ShiftWrapper(gymnasium.Wrapper[Any, Any, Any, Any]):
+class ShiftWrapper(gymnasium.Wrapper[Any, Any, Any, Any], RecordConstructorArgs):
     """Applies shifts in the order dynamics, action, (step), reward, observation.
 
     One clock: the steps of this environment's life. It survives resets, so a regime persists from
     episode to episode (unless `episodic`); a reset with a seed begins a new life at step 0. Spaces
     are unchanged. `info["shift"]` is the truth for metrics, never for agents: `t` of the
     transition, `alpha` of the first shift, `regime` (bit i: shift i acts by at least half),
-    `changed` (the regime differs from the step before) and `params`.
+    `changed` (the regime differs from the step before) and `params`; shifts are counted as the
+    specification lists them.
 
     Args:
         env: as agents see it: float32 vectors or uint8 images, actions in [-1, 1] or choices.
@@ -221,9 +223,9 @@ class ShiftWrapper(gymnasium.Wrapper[Any, Any, Any, Any]):
 
     def __init__(self, env: gymnasium.Env[Any, Any], spec: str | Mapping[str, Any]) -> None:
         plan = parse(spec)
+        RecordConstructorArgs.__init__(self, spec=spec)
         super().__init__(EndlessLife(env) if plan.endless else env)
         self.shifts, self.context, self.episodic = plan.shifts, plan.context, plan.episodic
-        self.shifts.sort(key=lambda s: ORDER.index(s.kind.target))
         for shift in self.shifts:
             shift.kind.bind(env, f"shift {shift.name!r}")
         self.rng = numpy_generator(0, "shift")
@@ -246,8 +248,11 @@ class ShiftWrapper(gymnasium.Wrapper[Any, Any, Any, Any]):
             )
 
     def _overriding(self, hook: str) -> list[tuple[int, kinds.Kind]]:
+        """The kinds that have the hook, each with its place in the specification."""
         idle = getattr(kinds.Kind, hook)
         pairs = [(i, shift.kind) for i, shift in enumerate(self.shifts)]
+        if hook != "params":  # what is told keeps the specification's order, what acts does not
+            pairs.sort(key=lambda pair: ORDER.index(pair[1].target))
         return [(i, kind) for i, kind in pairs if getattr(type(kind), hook) is not idle]
 
     def _at(self, t: int) -> list[float]:
@@ -279,7 +284,7 @@ class ShiftWrapper(gymnasium.Wrapper[Any, Any, Any, Any]):
             "alpha": self._alphas[0] if self._alphas else 0.0,
             "regime": self._regime,
             "changed": self._regime != self._before,
-            "params": self._params,
+            "params": dict(self._params),  # whoever keeps or changes it does not share ours
         }
 
     def _seen(self, obs: Any) -> Any:

@@ -1,6 +1,7 @@
 """The agent's view of an environment: flat float32 observations, actions in [-1, 1].
 
-Rewards pass through untouched: evaluation and normalised scores need the raw ones.
+Rewards pass through untouched: evaluation and normalised scores need the raw ones. Wrappers record
+their arguments, so that Gymnasium can make an environment again from its `spec`.
 """
 
 from typing import Any
@@ -8,14 +9,16 @@ from typing import Any
 import gymnasium
 import numpy as np
 from gymnasium import spaces
+from gymnasium.utils import RecordConstructorArgs
 from gymnasium.wrappers import FlattenObservation
 
 
-class Float32Observation(gymnasium.ObservationWrapper[Any, Any, Any]):
+class Float32Observation(gymnasium.ObservationWrapper[Any, Any, Any], RecordConstructorArgs):
     """Observations of a Box as float32, whatever the simulator's own precision."""
 
     def __init__(self, env: gymnasium.Env[Any, Any]) -> None:
         """Wraps an environment whose observations are a Box."""
+        RecordConstructorArgs.__init__(self)
         super().__init__(env)
         space = env.observation_space
         assert isinstance(space, spaces.Box)
@@ -29,11 +32,12 @@ class Float32Observation(gymnasium.ObservationWrapper[Any, Any, Any]):
         return np.asarray(observation, dtype=np.float32)
 
 
-class PaddedObservation(gymnasium.ObservationWrapper[Any, Any, Any]):
+class PaddedObservation(gymnasium.ObservationWrapper[Any, Any, Any], RecordConstructorArgs):
     """Appends `pad` zeros: D4RL's 111 Ant numbers are 27 and 84 contact forces that were zero."""
 
     def __init__(self, env: gymnasium.Env[Any, Any], pad: int) -> None:
         """Wraps an environment with flat observations."""
+        RecordConstructorArgs.__init__(self, pad=pad)
         super().__init__(env)
         space = env.observation_space
         assert isinstance(space, spaces.Box) and len(space.shape) == 1
@@ -49,11 +53,12 @@ class PaddedObservation(gymnasium.ObservationWrapper[Any, Any, Any]):
         return np.concatenate([observation, self.tail])
 
 
-class UnitAction(gymnasium.ActionWrapper[Any, Any, Any]):
+class UnitAction(gymnasium.ActionWrapper[Any, Any, Any], RecordConstructorArgs):
     """Actions live in [-1, 1]: clipped there, then mapped linearly onto the bounded dimensions."""
 
     def __init__(self, env: gymnasium.Env[Any, Any]) -> None:
         """Wraps an environment whose actions are a Box; unbounded dimensions stay as they are."""
+        RecordConstructorArgs.__init__(self)
         super().__init__(env)
         space = env.action_space
         assert isinstance(space, spaces.Box)

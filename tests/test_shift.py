@@ -2,6 +2,7 @@
 
 import json
 import math
+import warnings
 from pathlib import Path
 from typing import Any
 
@@ -9,6 +10,7 @@ import gymnasium
 import numpy as np
 import pytest
 from gymnasium import spaces
+from gymnasium.utils.env_checker import check_env
 
 from rl_shift import cli
 from rl_shift.envs import env_state, make, make_env, set_env_state
@@ -146,6 +148,21 @@ def test_a_life_resumes_exactly_under_every_shift(env_id: str, shift: str) -> No
         assert left[4]["shift"] == right[4]["shift"]
         if left[2] or left[3]:
             assert np.array_equal(whole.reset()[0], fresh.reset()[0])
+
+
+@pytest.mark.parametrize(("env_id", "shift"), CASES)
+def test_gymnasium_accepts_every_shift(env_id: str, shift: str) -> None:
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # it advises on spaces and on wrappers
+        check_env(make_env(env_id, shift=shift), skip_render_check=True)
+
+
+def test_the_truth_is_told_in_the_order_of_the_specification() -> None:
+    env = make_env(CHEETAH, shift="reward_flip:period=3+mass:scale=2,start=4+gravity:scale=3")
+    told = [env.reset(seed=0)[1]["shift"], *(env.step(a)[4]["shift"] for a in actions(env, 6))]
+    assert [s["alpha"] for s in told] == [0, 0, 0, 0, 1, 1, 1]  # of the flip; the reset is step 0
+    assert [s["regime"] for s in told] == [4, 4, 4, 4, 5, 7, 7]
+    assert list(told[0]["params"]) == ["sign", "mass", "gravity"]
 
 
 def test_the_truth_marks_the_boundaries_and_the_clock_survives_resets() -> None:
