@@ -15,6 +15,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from rl_shift.envs.values import number, seed_of, whole
 from rl_shift.errors import UserError, nearest
 from rl_shift.seeding import numpy_generator
 
@@ -155,7 +156,8 @@ def make_schedule(spec: Mapping[str, Any], where: str, seed: int = 0) -> Schedul
         seed: of a random walk, unless `spec` has one.
 
     Raises:
-        UserError: an unknown kind or field, a missing one, a period that is not positive, ...
+        UserError: an unknown kind or field, a missing one, a number that is not finite, a fraction
+            of a step, a period that is not positive, ...
     """
     values = dict(spec)
     implied = next((kind for field, kind in IMPLIED.items() if field in values), "constant")
@@ -178,16 +180,31 @@ def make_schedule(spec: Mapping[str, Any], where: str, seed: int = 0) -> Schedul
             raise UserError(f"{where}: the schedule {kind} needs {f.name}")
     if kind == "random_walk":
         values.setdefault("seed", seed)
-    try:
-        if kind == "list":
-            values["points"] = tuple((int(t), float(a)) for t, a in values["points"])
-        else:
-            values = {k: float(v) if k == "sigma" else int(float(v)) for k, v in values.items()}
-    except (TypeError, ValueError) as error:
-        raise UserError(f"{where}: the schedule {kind} cannot read {dict(spec)!r}") from error
+    if kind == "list":
+        values["points"] = _points(values["points"], where)
+    else:
+        values = {name: _read(name, value, where) for name, value in values.items()}
     schedule: Schedule = KINDS[kind](**values)  # pyright: ignore[reportArgumentType]
     _check(schedule, where)
     return schedule
+
+
+def _read(name: str, value: Any, where: str) -> float:
+    """A field's number: steps are whole, a walk's deviation need not be."""
+    if name == "sigma":
+        return number(value, name, where)
+    return seed_of(value, where) if name == "seed" else whole(value, name, where)
+
+
+def _points(given: Any, where: str) -> tuple[tuple[int, float], ...]:
+    try:
+        pairs = [(t, a) for t, a in given]
+    except (TypeError, ValueError) as error:
+        raise UserError(
+            f"{where}: points is a list of pairs [step, alpha], such as [[0, 1], [500, 0]], not "
+            f"{given!r}"
+        ) from error
+    return tuple((whole(t, "a step", where), number(a, "an alpha", where)) for t, a in pairs)
 
 
 def _check(schedule: Schedule, where: str) -> None:

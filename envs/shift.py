@@ -105,17 +105,24 @@ def parse(spec: str | Mapping[str, Any]) -> Plan:
             raise UserError(
                 f"shift: expected a list `shifts`, perhaps {', '.join(OPTIONS)}, got {spec!r}"
             )
-        texts = [_from_text(s) if isinstance(s, str) else dict(s) for s in given]
-        return Plan([_from_mapping(s) for s in texts], **options)
+        return Plan([_from_text_or_mapping(s) for s in given], **options)
     if "kind" in values or not (values or options["endless"]):
         return Plan([_from_mapping(values)], **options)
     named = []
     for name, value in values.items():
         if not isinstance(value, Mapping):
             needed = _needed(KINDS[name]) if name in KINDS else []
+            if not needed and name in KINDS and value not in (True, None):
+                raise UserError(f"shift {name!r} takes fields or true, not {value!r}")
             value = {needed[0]: value} if needed else {}
         named.append(_from_mapping({**value, "kind": name}))
     return Plan(named, **options)
+
+
+def _from_text_or_mapping(given: Any) -> Shift:
+    if not isinstance(given, str | Mapping):
+        raise UserError(f"shift: a shift is KIND:field=value,... or a mapping, not {given!r}")
+    return _from_mapping(_from_text(given) if isinstance(given, str) else dict(given))
 
 
 def with_state_std(spec: str | Mapping[str, Any], state_std: Any) -> str | Mapping[str, Any]:
@@ -175,7 +182,10 @@ def _from_mapping(values: dict[str, Any]) -> Shift:
         raise UserError(f"{where} needs a target: {', '.join(SIGN_FLIP)}")
     if name not in KINDS:
         raise UserError(f"unknown {where}{nearest(name, KINDS)}; the shifts are {', '.join(KINDS)}")
-    timing = dict(values.pop("schedule", {}))
+    timing = values.pop("schedule", {})
+    if not isinstance(timing, Mapping):
+        raise UserError(f"{where}: schedule holds fields such as period, not {timing!r}")
+    timing = dict(timing)
     timing |= {key: values.pop(key) for key in SCHEDULE_FIELDS if key in values}
     element = _ELEMENTS.get(name)
     if element is not None and element in values:
@@ -239,6 +249,11 @@ class ShiftWrapper(gymnasium.Wrapper[Any, Any, Any, Any], RecordConstructorArgs)
                 raise UserError(
                     f"shift: a context is appended to vectors, but the observations are {space}; "
                     "leave `context` out"
+                )
+            if not size:
+                names = ", ".join(shift.name for shift in self.shifts) or "no shift at all"
+                raise UserError(
+                    f"shift: {names} has no numbers that a context could show; leave `context` out"
                 )
             wide = np.full(size, np.inf, np.float32)
             self.observation_space = spaces.Box(

@@ -7,7 +7,8 @@ with the shifted one (1). Kinds that cannot be mixed, such as permutations, act 
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+import math
+from collections.abc import Iterable, Mapping
 from typing import Any
 
 import gymnasium
@@ -15,6 +16,7 @@ import numpy as np
 from gymnasium import spaces
 from numpy.typing import NDArray
 
+from rl_shift.envs.values import listed, number, seed_of, whole
 from rl_shift.errors import UserError, nearest
 from rl_shift.seeding import numpy_generator
 
@@ -61,13 +63,6 @@ class Kind:
 
     def load_state(self, state: dict[str, Any]) -> None:
         """Take back what `state` gave."""
-
-
-def _number(value: Any, name: str, where: str) -> float:
-    try:
-        return float(value)
-    except (TypeError, ValueError) as error:
-        raise UserError(f"{where}: {name} must be a number, not {value!r}") from error
 
 
 def _box(space: Any, what: str, where: str) -> tuple[int, ...]:
@@ -139,7 +134,7 @@ class RewardScale(Kind):
     target = "reward"
 
     def __init__(self, where: str, scale: Any) -> None:
-        self.scale = _number(scale, "scale", where)
+        self.scale = number(scale, "scale", where)
 
     def reward(self, reward: float, info: dict[str, Any], alpha: float) -> float:
         """Factor 1 at alpha 0, `scale` at 1."""
@@ -156,7 +151,7 @@ class TargetVelocity(Kind):
     target = "reward"
 
     def __init__(self, where: str, value: Any, base: Any = 0.0) -> None:
-        self.base, self.value = _number(base, "base", where), _number(value, "value", where)
+        self.base, self.value = number(base, "base", where), number(value, "value", where)
 
     def bind(self, env: Env, where: str) -> None:
         """MuJoCo's walkers say what they run at."""
@@ -181,7 +176,7 @@ class ObsPermute(Kind):
     target = "observation"
 
     def __init__(self, where: str, seed: Any = 0) -> None:
-        self.seed = int(_number(seed, "seed", where))
+        self.seed = seed_of(seed, where)
 
     def bind(self, env: Env, where: str) -> None:
         """Draw the order."""
@@ -199,7 +194,11 @@ class ObsNegate(Kind):
     target = "observation"
 
     def __init__(self, where: str, dims: Any = None, seed: Any = 0) -> None:
-        self.dims, self.seed = dims, int(_number(seed, "seed", where))
+        self.seed, self.dims = seed_of(seed, where), None
+        if dims is not None:
+            self.dims = [whole(d, "dims", where, least=0) for d in listed(dims)]
+            if not self.dims:
+                raise UserError(f"{where}: dims names no dimension; leave it out for a random half")
 
     def bind(self, env: Env, where: str) -> None:
         """Draw the signs."""
@@ -207,8 +206,8 @@ class ObsNegate(Kind):
         if self.dims is None:
             chosen = numpy_generator(self.seed, "obs_negate").permutation(size)[: (size + 1) // 2]
         else:
-            chosen = np.atleast_1d(np.asarray(self.dims, int))
-            if chosen.size and (chosen.min() < 0 or chosen.max() >= size):
+            chosen = np.array(self.dims)
+            if chosen.max() >= size:
                 raise UserError(f"{where}: dims must lie in 0..{size - 1}, got {self.dims}")
         self.signs = np.ones(size, np.float32)
         self.signs[chosen] = -1
@@ -224,7 +223,7 @@ class ObsScale(Kind):
     target = "observation"
 
     def __init__(self, where: str, scale: Any) -> None:
-        self.scale = _number(scale, "scale", where)
+        self.scale = number(scale, "scale", where)
 
     def bind(self, env: Env, where: str) -> None:
         """Vectors only."""
@@ -245,7 +244,7 @@ class ObsBias(Kind):
     target = "observation"
 
     def __init__(self, where: str, value: Any) -> None:
-        self.value = _number(value, "value", where)
+        self.value = number(value, "value", where)
 
     def bind(self, env: Env, where: str) -> None:
         """Vectors only."""
@@ -270,11 +269,11 @@ class ObsNoise(Kind):
     target = "observation"
 
     def __init__(self, where: str, std: Any, relative: Any = False, state_std: Any = None) -> None:
-        self.std = _number(std, "std", where)
-        if self.std < 0:
-            raise UserError(f"{where}: std must not be negative, got {self.std}")
+        self.std = number(std, "std", where, least=0)
         self.relative = str(relative).lower() in ("true", "1", "yes")
         self.state_std = state_std
+        for value in [] if state_std is None else listed(state_std):
+            number(value, "state_std", where, least=0)
 
     def bind(self, env: Env, where: str) -> None:
         """Vectors only."""
@@ -306,7 +305,7 @@ class ObsDropout(Kind):
     target = "observation"
 
     def __init__(self, where: str, p: Any) -> None:
-        self.p = _number(p, "p", where)
+        self.p = number(p, "p", where)
         if not 0 <= self.p <= 1:
             raise UserError(f"{where}: p is a probability, got {self.p}")
 
@@ -426,7 +425,7 @@ class ActionGain(Kind):
     target = "action"
 
     def __init__(self, where: str, scale: Any) -> None:
-        self.scale = _number(scale, "scale", where)
+        self.scale = number(scale, "scale", where)
 
     def bind(self, env: Env, where: str) -> None:
         """Vectors only."""
@@ -447,7 +446,7 @@ class ActionPermute(Kind):
     target = "action"
 
     def __init__(self, where: str, seed: Any = 0) -> None:
-        self.seed = int(_number(seed, "seed", where))
+        self.seed = seed_of(seed, where)
 
     def bind(self, env: Env, where: str) -> None:
         """Draw the order; one that changes something."""
@@ -476,9 +475,7 @@ class ActionDelay(Kind):
     target = "action"
 
     def __init__(self, where: str, steps: Any) -> None:
-        self.steps = int(_number(steps, "steps", where))
-        if self.steps < 1:
-            raise UserError(f"{where}: a delay is at least 1 step, got {self.steps}")
+        self.steps = whole(steps, "steps", where, least=1)
 
     def bind(self, env: Env, where: str) -> None:
         """Boxes and choices."""
@@ -524,7 +521,10 @@ class Scale(Kind):
 
     def __init__(self, where: str, quantity: str, scale: Any, element: Any = None) -> None:
         self.quantity, self.element = quantity, element
-        self.scale = _number(scale, "scale", where)
+        # A body without mass has no dynamics, and MuJoCo's solver none without inertia.
+        above = 0.0 if quantity == "mass" else -math.inf
+        least = 0.0 if quantity in ("friction", "damping") else -math.inf
+        self.scale = number(scale, "scale", where, least, above)
         self.now = 0.0
         self.scratch: Any = None
 
@@ -596,8 +596,8 @@ class Wind(Kind):
     def __init__(
         self, where: str, x: Any = 0.0, y: Any = 0.0, z: Any = 0.0, density: Any = 1.2
     ) -> None:
-        self.wind = np.array([_number(v, n, where) for v, n in ((x, "x"), (y, "y"), (z, "z"))])
-        self.density = _number(density, "density", where)
+        self.wind = np.array([number(v, n, where) for v, n in ((x, "x"), (y, "y"), (z, "z"))])
+        self.density = number(density, "density", where, least=0)
 
     def bind(self, env: Env, where: str) -> None:
         """MuJoCo only."""
@@ -625,13 +625,14 @@ class Parameters(Kind):
     target = "dynamics"
 
     def __init__(self, where: str, values: dict[str, Any]) -> None:
-        if not values:
+        if not isinstance(values, Mapping) or not values:
             raise UserError(f"{where}: name the parameters, such as parameters:length=1")
         self.given: dict[str, tuple[float | None, float]] = {}
         for name, value in values.items():
-            pair = value.split("/") if isinstance(value, str) else np.atleast_1d(value).tolist()
-            numbers = [_number(v, name, where) for v in pair]
-            if len(numbers) > 2:
+            pair = value.split("/") if isinstance(value, str) else listed(value)
+            above = 0.0 if any(word in name for word in ("mass", "length")) else -math.inf
+            numbers = [number(v, name, where, above=above) for v in pair]
+            if not 1 <= len(numbers) <= 2:
                 raise UserError(f"{where}: {name} is one value, or base/value, not {value!r}")
             self.given[name] = (numbers[0] if len(numbers) == 2 else None, numbers[-1])
 
@@ -703,7 +704,7 @@ class Push(Kind):
     def __init__(
         self, where: str, x: Any = 0.0, y: Any = 0.0, z: Any = 0.0, body: Any = "torso"
     ) -> None:
-        self.force = np.array([_number(v, n, where) for v, n in ((x, "x"), (y, "y"), (z, "z"))])
+        self.force = np.array([number(v, n, where) for v, n in ((x, "x"), (y, "y"), (z, "z"))])
         self.body = str(body)
 
     def bind(self, env: Env, where: str) -> None:
