@@ -12,7 +12,7 @@ class EndlessLife(gymnasium.Wrapper[Any, Any, Any, Any], RecordConstructorArgs):
     """No transition is terminal: where the environment ends, the life is moved to a new start.
 
     Such a transition keeps its true last observation and is `truncated`, so that learners bootstrap
-    from it and no pair of observations straddles the move; `info["hidden_reset"]` marks it.
+    from it and no pair of observations straddles the move.
     """
 
     def __init__(self, env: gymnasium.Env[Any, Any]) -> None:
@@ -23,4 +23,4 @@ class EndlessLife(gymnasium.Wrapper[Any, Any, Any, Any], RecordConstructorArgs):
     def step(self, action: Any) -> tuple[Any, Any, bool, bool, dict[str, Any]]:
         """`terminated` is always False."""
         obs, reward, terminated, truncated, info = self.env.step(action)
-        return obs, reward, False, terminated or truncated, {**info, "hidden_reset": terminated}
+        return obs, reward, False, terminated or truncated, info

@@ -134,8 +134,9 @@ class Evaluator:
 
         Episode i starts from its own seed, the same for every stacked seed and whatever was
         evaluated before. A lane that ends takes the next episode of its seed, so short episodes
-        are not over-represented. The training's generators and modes are left as they were.
-        `diagnose` also asks the agent for its `diagnostics` at every step.
+        are not over-represented. A truncation that `info["hidden_reset"]` marks ends no episode:
+        such a life goes on after `reset()`. The training's generators and modes are left as they
+        were. `diagnose` also asks the agent for its `diagnostics` at every step.
         """
         if episodes < 1:
             raise UserError(f"an evaluation needs at least one episode, got {episodes}")
@@ -226,10 +227,14 @@ class Evaluator:
             actions = unit.action(chosen) if unit else chosen.tolist() if discrete else chosen
             ended = []
             for k in active:
-                rows[k], reward, terminated, truncated, _ = steps[k](actions[k])
+                rows[k], reward, terminated, truncated, info = steps[k](actions[k])
                 total[k] += float(reward)
                 length[k] += 1
-                if terminated or truncated or length[k] >= self.max_steps:
+                if length[k] >= self.max_steps:
+                    ended.append(k)
+                elif truncated and info.get("hidden_reset"):  # a life that goes on elsewhere
+                    rows[k] = envs[k].reset()[0]
+                elif terminated or truncated:
                     ended.append(k)
             for k in ended:
                 where = k // lanes, episode[k]

@@ -75,8 +75,10 @@ def _play(agent: Agent, task: Task, path: Path, seed: int) -> tuple[float, int]:
             while not ended and steps < MAX_STEPS:
                 rows = torch.from_numpy(np.asarray(obs)[None]).to(device)
                 action = agent.run(agent.act, rows, False).cpu().numpy()[0]
-                obs, reward, terminated, truncated, _ = env.step(action)
+                obs, reward, terminated, truncated, info = env.step(action)
                 total, steps, ended = total + float(reward), steps + 1, terminated or truncated
+                if truncated and info.get("hidden_reset"):
+                    obs, ended = env.reset()[0], False
                 write(_drawn(env, task))
     finally:
         env.close()

@@ -3,16 +3,26 @@
 import math
 import warnings
 from collections import deque
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
 import pytest
+import torch
+from gymnasium.spaces import Box
 from gymnasium.utils.env_checker import check_env
+from torch import Tensor
 
+from rl_shift.agent import Agent
+from rl_shift.buffer import Buffer, transition_spec
+from rl_shift.collector import Collector
 from rl_shift.envs import env_state, make, make_env, set_env_state
 from rl_shift.envs.cartpole import InfCartPole
 from rl_shift.envs.jellybean import AGENT_COLOUR, RADIUS, SCENT_STEPS, JellyBean, _diffusion
 from rl_shift.errors import UserError
+from rl_shift.evaluation import evaluate
+from rl_shift.life import Life
+from rl_shift.seeding import child
 
 FORWARD, LEFT, RIGHT = 0, 1, 2
 
@@ -189,8 +199,8 @@ def test_lanes_live_in_worlds_of_their_own() -> None:
 def test_gymnasium_accepts_the_worlds() -> None:
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # it advises on spaces, which is a matter of taste
-        for env in (JellyBean(render_mode="rgb_array"), InfCartPole()):
-            check_env(env, skip_render_check=isinstance(env, InfCartPole))
+        for kind in (JellyBean, InfCartPole):
+            check_env(kind(render_mode="rgb_array"))
 
 
 def test_the_picture_shows_ahead_above() -> None:
@@ -235,9 +245,9 @@ def test_it_never_ends_and_keeps_to_its_track() -> None:
     fallen = 0
     for action in rng.integers(2, size=5000):
         obs, _, terminated, truncated, info = env.step(int(action))
-        assert not terminated and not truncated and abs(obs[0]) <= 2.4 + 1e-6
+        assert not terminated and truncated == info["hidden_reset"] and abs(obs[0]) <= 2.4 + 1e-6
         assert 0 <= obs[2] <= 2 * math.pi + 1e-6
-        fallen += info["hidden_reset"]
+        fallen += truncated
     assert fallen > 0
     env = cartpole([2.39, 3.0, 0.0, 0.0])
     obs = env.step(1)[0]
@@ -246,11 +256,81 @@ def test_it_never_ends_and_keeps_to_its_track() -> None:
 
 @pytest.mark.parametrize(("theta", "speed"), [(math.pi - 0.01, 2.0), (math.pi + 0.01, -2.0)])
 def test_a_fallen_pole_starts_anew(theta: float, speed: float) -> None:
-    env = cartpole([0.0, 0.0, theta, speed])
-    *_, info = env.step(0)
-    assert info["hidden_reset"]
-    upright = min(env.position[2], 2 * math.pi - env.position[2])
-    assert upright <= 0.05
+    env = cartpole([0.3, 0.0, theta, speed])
+    obs, reward, terminated, truncated, info = env.step(0)
+    assert truncated and not terminated and info["hidden_reset"]
+    assert obs[2] == pytest.approx(theta + 0.02 * speed)  # true to the last
+    assert obs[3] == pytest.approx(speed, abs=0.5)
+    start, _ = env.reset()
+    assert min(start[2], 2 * math.pi - start[2]) <= 0.05
+    assert np.array_equal(start[:2], obs[:2])  # the cart goes on
+    degrees = math.degrees(min(env.position[2], 2 * math.pi - env.position[2]))
+    assert reward == pytest.approx(1 - start[0] ** 2 / 11.52 - degrees**2 / 288)
+    assert env.time == 1
+    env = cartpole([0.0, 0.0, theta, speed], horizon=1)
+    *_, truncated, info = env.step(0)
+    assert truncated and not info["hidden_reset"]  # the horizon ends an evaluation's episode
+
+
+def test_learners_never_see_a_pair_that_straddles_a_fall() -> None:
+    env = make("rl_shift/InfCartPole-v0", lanes=2, shift="parameters:force=-10,period=100")
+    spec = transition_spec(env.single_observation_space, env.single_action_space)
+    buffer, life = Buffer(spec, 2000, 2), Life(40)
+    collector = Collector(env, buffer, seed=0, life=life)
+    collector.collect(SimpleNamespace(seeds=1), 500, random=True)  # type: ignore[arg-type]
+    rows = {k: v.numpy() for k, v in buffer.latest(500).items()}
+    fell = rows["truncated"]
+    assert fell.sum() > 6 and not rows["terminated"].any()
+    follows = (rows["next_obs"][:, :-1] == rows["obs"][:, 1:]).all(-1)
+    assert np.array_equal(follows, ~fell[:, :-1])
+    last, start = rows["next_obs"][:, :-1][fell[:, :-1]], rows["obs"][:, 1:][fell[:, :-1]]
+    assert (abs(last[:, 2] - math.pi) < 0.5).all() and (np.cos(start[:, 2]) > 0.99).all()
+    moved = rows["next_obs"][..., 2] - rows["obs"][..., 2] - 0.02 * rows["obs"][..., 3]
+    assert (abs((moved + math.pi) % (2 * math.pi) - math.pi) < 1e-4).all()  # Euler, in every row
+    # The life and its shift go on: a regime for every 100 steps of a lane, and every reward counts.
+    points = life.rows(2)
+    assert points["regime"] == [t // 5 % 2 for t in range(25)]
+    assert np.mean(points["reward"]) == pytest.approx(rows["reward"].mean(), abs=1e-4)
+
+
+def test_an_evaluation_goes_on_where_a_pole_falls() -> None:
+    class Left:
+        """Pushes to the left whatever it sees."""
+
+        seeds, observation_space = 1, Box(-np.inf, np.inf, (4,), np.float32)
+        modules = parameters = buffers = list
+        diagnostics = Agent.diagnostics
+
+        def eval(self) -> None: ...
+
+        def act(self, obs: Tensor, explore: bool) -> Tensor:
+            return torch.zeros(len(obs), dtype=torch.int64)
+
+        def run(self, fn: Any, *data: Any) -> Tensor:
+            return fn(*data)
+
+    agent: Any = Left()
+    result = evaluate(agent, "rl_shift/InfCartPole-v0", episodes=1, seed=3)
+    assert result.lengths.tolist() == [[10_000]]
+    env = make_env("rl_shift/InfCartPole-v0")
+    env.reset(seed=child(3, "episode", 0))
+    total, falls = 0.0, 0
+    for _ in range(10_000):
+        _, reward, _, _, info = env.step(0)
+        total, falls = total + float(reward), falls + info["hidden_reset"]
+    assert falls > 10 and result.returns[0, 0] == pytest.approx(total)
+
+
+def test_the_picture_shows_cart_and_pole() -> None:
+    env = InfCartPole(render_mode="rgb_array")
+    env.reset(seed=0)
+    env.position = [1.0, 0.0, math.pi / 2, 0.0]
+    picture = env.render()
+    assert picture is not None and picture.shape == (480, 640, 3)
+    assert (picture[248, 420] == 60).all()  # the cart, a metre to the right of the middle
+    assert tuple(picture[240, 515]) == (202, 152, 101)  # the pole lies to the right
+    assert (picture[100] == 255).all() and (picture[240, 100] == 0).all()
+    assert InfCartPole().render() is None
 
 
 def test_a_negative_force_swaps_the_actions() -> None:
@@ -267,6 +347,10 @@ def test_parameters_are_floats_and_unknown_ones_are_named() -> None:
     assert all(type(value) is float for value in env.parameters.values())
     with pytest.raises(UserError, match=r"no parameter 'forse', did you mean 'force'\?"):
         InfCartPole(forse=3)
+    with pytest.raises(UserError, match="length must be more than 0"):
+        InfCartPole(length=0)
+    with pytest.raises(UserError, match="gravity must be a finite number"):
+        InfCartPole(gravity=math.nan)
     with pytest.raises(UserError, match="raw or sincos"):
         InfCartPole(angle_obs="degrees")
 
