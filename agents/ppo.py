@@ -4,8 +4,8 @@ Faithful to stable-baselines3's settings and networks. What differs: the rollout
 shared buffer, and old log-probabilities and values are recomputed at the start of `update` (the
 parameters have not moved since collection); a truncated step bootstraps from its true last
 observation; the likelihood of a clipped continuous action is that of the clipped distribution
-(`ClippedGaussian`). Known gaps: no learning-rate schedule, no early stop on the divergence; on a
-dataset it would take foreign actions for its own, so it is for interaction only.
+(`ClippedGaussian`). Known gaps: no learning-rate schedule, no early stop on the divergence; no
+datasets, whose actions it would take for its own.
 """
 
 from __future__ import annotations
@@ -17,7 +17,8 @@ import torch
 from gymnasium.spaces import Space
 from torch import Tensor
 
-from rl_shift.agent import Agent, Batch, Metrics
+from rl_shift.agent import Agent, Batch, Metrics, Stage
+from rl_shift.errors import UserError
 from rl_shift.online_networks import ActorCritic, unsupported
 from rl_shift.rollouts import advantages, minibatches
 from rl_shift.running import RunningStatistics
@@ -145,6 +146,15 @@ class PPO(Agent):
         """Near-uniform actions again, features and values kept: a reaction to a shift; ours."""
         for parameter in self.actor_critic.head.parameters():
             torch.nn.init.zeros_(parameter)
+
+    def stages(self, task: Task) -> list[Stage]:
+        """Interaction; ratios mean nothing for actions that another policy took."""
+        if task.dataset is not None:
+            raise UserError(
+                f"task {task.name!r}: PPO learns from its own actions only, leave the dataset out "
+                "and give env and env_steps"
+            )
+        return super().stages(task)
 
     def begin_task(self, task: Task, buffer: Buffer) -> None:
         """Learn how many lanes share a rollout."""

@@ -1,6 +1,7 @@
 """PPO: advantages across ends, the clipped surrogate, the likelihood of clipped actions."""
 
 import math
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -9,7 +10,7 @@ import torch
 from gymnasium.spaces import Box, Discrete
 from torch import Tensor
 
-from rl_shift import agents, config, envs, evaluation, seeding
+from rl_shift import agents, cli, config, envs, evaluation, seeding
 from rl_shift.online_networks import ActorCritic, Categorical, ClippedGaussian, Pixels
 from rl_shift.rollouts import minibatches
 from rl_shift.running import RunningStatistics
@@ -210,6 +211,21 @@ def test_cartpole_is_learnt_in_seconds() -> None:
     assert agent.updates == 24 and trainer.clock.total_env_steps == 12_288
     returns = evaluation.evaluate(agent, "CartPole-v1", 5, seed=1).returns
     assert returns.mean() > 150, returns  # a random policy gets about 22
+
+
+@pytest.mark.parametrize("name", ["ppo", "reactive"])
+def test_datasets_are_refused(
+    name: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    run, data = tmp_path / "run", "rl_shift/hopper-replay-v0"  # comes with the package
+    budget = ["--updates", "10", "--run-dir", str(run), "--device", "cpu"]
+    assert cli.main(["train", name, "--dataset", data, *budget]) == 2
+    assert "leave the dataset out" in capsys.readouterr().err
+    assert not run.exists()
+    env_steps = ["--env", "Hopper-v5", "--env-steps", "10", "--agent.rollout", "2"]
+    if name == "ppo":
+        assert cli.main(["train", name, "--dataset", data, *budget[2:], *env_steps]) == 2
+        assert "leave the dataset out" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize("actions", [Discrete(3), Box(-1, 1, (2,), np.float32)])
