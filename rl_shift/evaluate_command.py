@@ -35,6 +35,7 @@ class EvaluationSettings:
     shift: str | None = None  # KIND:field=value,...+...: of the environments; none: leave it out
     seed: int = 0  # of the environments; equal seeds give equal initial states
     lanes: int = 10  # environments side by side
+    sample: bool = False  # play the policy as it acted in training, exploring: the one a life used
     compare: str | None = None  # FIELD=A,B: the same episodes with each value, paired
     json: str | None = None  # also write every return to this file
     video: str | None = None  # folder: also film the first episode of every task and seed
@@ -71,7 +72,7 @@ def evaluate(argv: list[str]) -> int:
     variants = [(change, evaluated(spec, change, settings)) for change in requested]
     for change, results in variants:
         for task, result in results:
-            print(_line(task, result, change))
+            print(_line(task, result, change, settings.sample))
             for detail in _details(task, result, risk=settings.compare is not None):
                 print(f"  {detail}")
     pairs = [paired(variants[0], later) for later in variants[1:]]
@@ -90,7 +91,7 @@ def _film(spec: str, change: Mapping[str, Any], settings: EvaluationSettings) ->
 
     agent, tasks = _loaded(spec, change, settings)
     for task in tasks:
-        for one in film(agent, task, Path(str(settings.video)), settings.seed):
+        for one in film(agent, task, Path(str(settings.video)), settings.seed, settings.sample):
             print(f"video: {one.path} (return {one.total:.1f} in {one.steps} steps)")
 
 
@@ -143,6 +144,7 @@ def evaluated(spec: str, overrides: Mapping[str, Any], settings: EvaluationSetti
             obs_pad=task.obs_pad,
             shift=task.shift,
             diagnose=True,
+            explore=settings.sample,
         )
         results.append((task, result))
     return results
@@ -230,10 +232,11 @@ def paired(first: Variant, second: Variant) -> list[dict[str, Any]]:
     return lines
 
 
-def _line(task: Task, result: Result, change: Mapping[str, Any]) -> str:
+def _line(task: Task, result: Result, change: Mapping[str, Any], sampled: bool) -> str:
     """Mean over everything, spread over episodes, and each seed where there are several."""
     returns = result.returns
-    text = f"{task.name} on {result.env_id}{', ' + _label(change) if change else ''}: "
+    text = f"{task.name} on {result.env_id}{', ' + _label(change) if change else ''}"
+    text += f"{', exploring' if sampled else ''}: "
     text += f"return {returns.mean():.1f} (std {returns.std():.1f} over {returns.size} episodes)"
     if result.score is not None:
         text += f", D4RL-normalised score {result.score.mean():.1f}"
@@ -296,6 +299,7 @@ def _report(
         "episodes": settings.episodes,
         "shift": settings.shift,
         "seed": settings.seed,
+        "sample": settings.sample,
         "evaluations": evaluations,
         "differences": [{k: v for k, v in line.items() if k != "text"} for line in lines],
     }

@@ -128,15 +128,21 @@ class Evaluator:
         self._envs.clear()
 
     def evaluate(
-        self, agent: Agent, episodes: int = 10, seed: int = 0, diagnose: bool = False
+        self,
+        agent: Agent,
+        episodes: int = 10,
+        seed: int = 0,
+        diagnose: bool = False,
+        explore: bool = False,
     ) -> Result:
-        """Run `episodes` whole episodes per stacked seed with `act(obs, explore=False)`.
+        """Run `episodes` whole episodes per stacked seed with `act(obs, explore)`.
 
         Episode i starts from its own seed, the same for every stacked seed and whatever was
         evaluated before. A lane that ends takes the next episode of its seed, so short episodes
         are not over-represented. A truncation that `info["hidden_reset"]` marks ends no episode:
         such a life goes on after `reset()`. The training's generators and modes are left as they
-        were. `diagnose` also asks the agent for its `diagnostics` at every step.
+        were. `diagnose` also asks the agent for its `diagnostics` at every step. What `explore`
+        draws depends on the seed and on the number of lanes.
         """
         if episodes < 1:
             raise UserError(f"an evaluation needs at least one episode, got {episodes}")
@@ -149,7 +155,9 @@ class Evaluator:
             diagnose = getattr(agent.diagnostics, "__func__", None) is not Agent.diagnostics
         try:
             with seeding.forked(seeding.child(seed, "evaluation")):
-                returns, lengths, sums = self._play(agent, envs, lanes, episodes, seed, diagnose)
+                returns, lengths, sums = self._play(
+                    agent, envs, lanes, episodes, seed, diagnose, explore
+                )
         finally:
             for module, training in modes:
                 module.training = training
@@ -183,6 +191,7 @@ class Evaluator:
         episodes: int,
         seed: int,
         diagnose: bool,
+        explore: bool,
     ) -> tuple[Floats, NDArray[np.int64], dict[str, Floats]]:
         """Returns and lengths (S, E), sums of diagnostics (S,).
 
@@ -214,7 +223,7 @@ class Evaluator:
         active = list(range(len(envs)))
         while active:
             inputs = batch.to(device)
-            chosen = agent.run(agent.act, inputs, False).cpu().numpy()
+            chosen = agent.run(agent.act, inputs, explore).cpu().numpy()
             if diagnose:
                 resting = np.ones(len(envs), bool)
                 resting[active] = False
@@ -259,7 +268,8 @@ def evaluate(
     obs_pad: int = 0,
     shift: Any = None,
     diagnose: bool = False,
+    explore: bool = False,
 ) -> Result:
     """One evaluation in environments of its own; see `Evaluator`."""
     with Evaluator(env_id, lanes, reference_scores, obs_pad, shift) as evaluator:
-        return evaluator.evaluate(agent, episodes, seed, diagnose)
+        return evaluator.evaluate(agent, episodes, seed, diagnose, explore)

@@ -37,7 +37,9 @@ class Film:
     steps: int
 
 
-def film(agent: Agent, task: Task, folder: Path, seed: int = 0) -> list[Film]:
+def film(
+    agent: Agent, task: Task, folder: Path, seed: int = 0, explore: bool = False
+) -> list[Film]:
     """One file per stacked seed: episode 0 of `evaluate` with the same seed.
 
     Args:
@@ -45,6 +47,7 @@ def film(agent: Agent, task: Task, folder: Path, seed: int = 0) -> list[Film]:
         task: with an environment that draws itself.
         folder: of the files, TASK.mp4 or TASK.seedK.mp4.
         seed: of the evaluation.
+        explore: as in training; then the start is that of `evaluate`, but the draws are others.
 
     Raises:
         UserError: no way to draw, or moviepy is missing.
@@ -57,12 +60,12 @@ def film(agent: Agent, task: Task, folder: Path, seed: int = 0) -> list[Film]:
         name = task.name.replace("/", "-") + (f".seed{k}" if agent.seeds > 1 else "")
         path = folder / f"{name}.mp4"
         with seeding.forked(seeding.child(seed, "evaluation")):
-            total, steps = _play(alone, task, path, seeding.child(seed, "episode", 0))
+            total, steps = _play(alone, task, path, seeding.child(seed, "episode", 0), explore)
         films.append(Film(path, total, steps))
     return films
 
 
-def _play(agent: Agent, task: Task, path: Path, seed: int) -> tuple[float, int]:
+def _play(agent: Agent, task: Task, path: Path, seed: int, explore: bool) -> tuple[float, int]:
     env = _drawing(task)
     try:
         obs, _ = env.reset(seed=seed)
@@ -74,7 +77,7 @@ def _play(agent: Agent, task: Task, path: Path, seed: int) -> tuple[float, int]:
             device = agent.normalizer.mean.device
             while not ended and steps < MAX_STEPS:
                 rows = torch.from_numpy(np.asarray(obs)[None]).to(device)
-                action = agent.run(agent.act, rows, False).cpu().numpy()[0]
+                action = agent.run(agent.act, rows, explore).cpu().numpy()[0]
                 obs, reward, terminated, truncated, info = env.step(action)
                 total, steps, ended = total + float(reward), steps + 1, terminated or truncated
                 if truncated and info.get("hidden_reset"):

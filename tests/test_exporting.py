@@ -214,6 +214,34 @@ def test_a_video_shows_the_first_episode(
     assert not list(tmp_path.glob(".*"))
 
 
+def test_the_policy_that_explores_can_be_evaluated_and_filmed(
+    run: Path, writer: None, tmp_path: Path, capsys: Told
+) -> None:
+    import json
+
+    def returns(*more: str) -> list[float]:
+        out = tmp_path / "e.json"
+        words = ["evaluate", str(run), "--episodes", "3", "--lanes", "1", "--json", str(out)]
+        assert cli.main([*words, *more]) == 0
+        report = json.loads(out.read_text())
+        assert report["sample"] == ("--sample" in more)
+        found: list[float] = report["evaluations"][0]["returns"][0]
+        return found
+
+    greedy = returns()
+    assert "exploring" not in capsys.readouterr().out
+    before = torch.get_rng_state()
+    sampled = returns("--sample", "true", "--video", str(tmp_path))
+    assert torch.equal(torch.get_rng_state(), before)
+    out = capsys.readouterr().out
+    assert "data on ExportPendulum-v0, exploring: return" in out
+    assert f"(return {sampled[0]:.1f} in 12 steps)" in out  # one lane: the same draws
+    assert all(a != b for a, b in zip(greedy, sampled, strict=True))
+    assert returns("--sample", "true") == sampled
+    assert returns("--sample", "true", "--seed", "1") != sampled
+    assert returns() == greedy
+
+
 @pytest.mark.parametrize(
     ("env", "said"),
     [
