@@ -10,8 +10,10 @@ the ablation of the Reactive Exploration paper. Known gaps: no n-step returns, n
 from __future__ import annotations
 
 import copy
+import math
+from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, ClassVar
 
 import torch
 from gymnasium.spaces import Space
@@ -64,6 +66,15 @@ class DQN(Agent):
         buffer_capacity: int = 1_000_000
 
     stackable = False  # priorities belong to one seed
+    limits: ClassVar[Mapping[str, tuple[float, float]]] = {
+        **Agent.limits,
+        "target_every": (1, math.inf),
+        "temperature": (0, math.inf),
+        "epsilon_start": (0, 1),
+        "epsilon_end": (0, 1),
+        "epsilon_fraction": (0, 1),
+        "epsilon_period": (0, math.inf),
+    }
     annealing = ("steps_per_update", "horizon", "restarted", "ranked")  # numbers in a checkpoint
 
     def __init__(

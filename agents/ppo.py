@@ -10,8 +10,10 @@ datasets, whose actions it would take for its own.
 
 from __future__ import annotations
 
+import math
+from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, ClassVar
 
 import torch
 from gymnasium.spaces import Space
@@ -57,6 +59,14 @@ class PPO(Agent):
         observation_clip: float = 5.0  # of normalised observations; ours, as the curiosity code
 
     stackable = False  # it learns from interaction only
+    limits: ClassVar[Mapping[str, tuple[float, float]]] = {
+        **Agent.limits,
+        "rollout": (2, math.inf),
+        "batch_size": (2, math.inf),  # a single advantage has no deviation
+        "epochs": (1, math.inf),
+        "gae_lambda": (0, 1),
+        "clip": (0, math.inf),
+    }
 
     def __init__(
         self, observation_space: Space[Any], action_space: Space[Any], config: Config

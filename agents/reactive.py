@@ -13,8 +13,10 @@ Known gaps: no value head of its own for the intrinsic reward. `info["shift"]` i
 
 from __future__ import annotations
 
+import math
+from collections.abc import Mapping
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
 import torch
 from gymnasium.spaces import Space
@@ -75,6 +77,18 @@ class Reactive(Wrapper):
         react_forget: bool = False  # replay: draw only rows since the detection; ours, off
 
     stackable = False  # running statistics and detector belong to one life
+    limits: ClassVar[Mapping[str, tuple[float, float]]] = {
+        **Wrapper.limits,
+        "eta_state": (0, math.inf),
+        "eta_reward": (0, math.inf),
+        "latent": (0, math.inf),
+        "forward_weight": (0, 1),
+        "model_epochs": (1, math.inf),
+        "recency": (0, 1),
+        "recent_rows": (1, math.inf),
+        "react_beta": (0, math.inf),
+        "react_steps": (1, math.inf),
+    }
 
     def __init__(
         self,
@@ -101,9 +115,11 @@ class Reactive(Wrapper):
         self.since = torch.tensor(float("inf"))  # env steps since the last detection
         self.appended = 0  # rows the ring has taken in
         self.remembered = 0  # how many of them were dropped from replay
-        if c.react_explore and not hasattr(self.base, "explore_again"):
+        soft = getattr(self.base.config, "temperature", 0) > 0  # it explores by this, always
+        if c.react_explore and (soft or not hasattr(self.base, "explore_again")):
             raise UserError(
-                f"react_explore: {c.base} cannot begin to explore anew; set it to false"
+                f"react_explore: {c.base}{' at a temperature' * soft} cannot begin to explore "
+                "anew; set it to false"
             )
         if c.react_forget and getattr(self.base.config, "prioritized", False):
             raise UserError("react_forget draws uniformly: set prioritized to false in base_config")
@@ -180,7 +196,8 @@ class Reactive(Wrapper):
         kept = Kept(ring, self.appended - self.remembered) if self.remembered else buffer
         batch = self.base.sample(kept)  # type: ignore[arg-type]
         if batch["reward"].dim() == 1 and self.learnt:
-            share = max(1, round(self.config.recency * len(batch["reward"])))
+            recency = self.config.recency
+            share = max(1, round(recency * len(batch["reward"]))) if recency else 0
             recent = ring.newest(self.config.recent_rows)
             drawn = torch.randint(len(recent), (share,), device=recent.device)
             new = ring.newest(self.base.collect_every * ring.lanes)
@@ -271,5 +288,9 @@ def _check(config: Reactive.Config) -> None:
         )
     if c.curiosity not in KINDS:
         raise UserError(f"unknown curiosity {c.curiosity!r}: choose {', '.join(KINDS)}")
-    if not 0 <= c.recency <= 1 or c.recent_rows < 1:
-        raise UserError("recency must lie between 0 and 1, and recent_rows must be at least 1")
+    for name in ("fast_rate", "slow_rate"):
+        if not 0 < getattr(c, name) <= 1:
+            raise UserError(
+                f"{name} is the share of a new row in an average: it must be more than 0 and at "
+                f"most 1, not {getattr(c, name)}"
+            )

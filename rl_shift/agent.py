@@ -8,6 +8,7 @@ compiled graph (`rl_shift.compile`) and with S stacked seeds. Our design.
 
 from __future__ import annotations
 
+import dataclasses
 import math
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -71,6 +72,7 @@ class Agent(Learner):
         Config: frozen dataclass of hyper-parameters, the paper's values as defaults.
         stackable: several seeds may share one process (False: it holds data of its own per seed).
         columns: data-derived columns (`next_action`, `mc_return`, `reward_mask`) it needs.
+        limits: least and largest value of numeric fields of Config, by name; a class adds its own.
         reusable: fields of Config that may name a run of the same agent (`RUN_DIR[#k]`), with the
             submodules that are then taken from it instead of being trained.
         begun: the tasks begun so far.
@@ -79,6 +81,18 @@ class Agent(Learner):
     Config: ClassVar[type]
     stackable: bool = True
     columns: tuple[str, ...] = ()
+    limits: ClassVar[Mapping[str, tuple[float, float]]] = {
+        "batch_size": (1, math.inf),
+        "model_batch_size": (1, math.inf),
+        "learning_rate": (0, math.inf),
+        "discount": (0, 1),
+        "tau": (0, 1),
+        "policy_delay": (1, math.inf),
+        "warmup_steps": (0, math.inf),
+        "collect_every": (1, math.inf),
+        "updates_per_collect": (1, math.inf),
+        "buffer_capacity": (1, math.inf),
+    }
     reusable: ClassVar[Mapping[str, tuple[str, ...]]] = {}
 
     def __init__(
@@ -91,10 +105,27 @@ class Agent(Learner):
                 f"{type(self).__name__} cannot be used here: {reason} "
                 f"(observations {observation_space}, actions {action_space})"
             )
+        self._check_numbers(config)
         self.observation_space, self.action_space = observation_space, action_space
         self.config = config
         self.begun: list[Task] = []
         self.normalizer = Normalizer(observation_space)
+
+    @classmethod
+    def _check_numbers(cls, config: Any) -> None:
+        """Refuse numbers outside `limits`, and NaN everywhere."""
+        for f in dataclasses.fields(config) if dataclasses.is_dataclass(config) else ():
+            value = getattr(config, f.name)
+            low, high = cls.limits.get(f.name, (-math.inf, math.inf))
+            if not isinstance(value, int | float) or low <= value <= high:
+                continue
+            if math.isnan(value):
+                must = "be a number"
+            elif high == math.inf:
+                must = f"be at least {low:g}"
+            else:
+                must = f"lie between {low:g} and {high:g}"
+            raise UserError(f"{cls.__name__}: {f.name} must {must}, not {value}")
 
     # ---- the seams: what an algorithm overrides ----------------------------------------------
 

@@ -353,6 +353,11 @@ class Trainer:
             assert task.env is not None
             env = envs.make(task.env, config.lanes, shift=task.shift, obs_pad=task.obs_pad)
             capacity = self.agent.buffer_capacity
+            if capacity < config.lanes:
+                raise UserError(
+                    f"{config.lanes} lanes need a row each, but this agent's buffer has "
+                    f"{capacity}: give fewer lanes, or a larger buffer (or rollout)"
+                )
             raw = {} if task.data is None else datasets.load(task.data, mode=config.data_mode)
             scale = datasets.reward_transform(task.reward, raw)  # the same as the data's
             self.ring = Buffer(spec, capacity, config.lanes, device, seeds, stream="ring")

@@ -45,6 +45,20 @@ def ring(rows: int = 0, capacity: int = 32, lanes: int = 1) -> Buffer:
     return buffer
 
 
+@pytest.mark.parametrize(
+    ("changes", "words"),
+    [
+        ({"target_every": 0}, "DQN: target_every must be at least 1, not 0"),
+        ({"updates_per_collect": 0}, "updates_per_collect must be at least 1"),
+        ({"epsilon_end": 1.5}, "epsilon_end must lie between 0 and 1"),
+        ({"discount": -0.1}, "discount must lie between 0 and 1"),
+    ],
+)
+def test_numbers_that_mean_nothing_are_refused(changes: dict[str, Any], words: str) -> None:
+    with pytest.raises(UserError, match=words):
+        agent_of(**changes)
+
+
 @torch.no_grad()
 @pytest.mark.parametrize(
     ("variant", "value"),

@@ -11,6 +11,7 @@ from gymnasium.spaces import Box, Discrete
 from torch import Tensor
 
 from rl_shift import agents, cli, config, envs, evaluation, seeding
+from rl_shift.errors import UserError
 from rl_shift.online_networks import ActorCritic, Categorical, ClippedGaussian, Pixels
 from rl_shift.rollouts import minibatches
 from rl_shift.running import RunningStatistics
@@ -211,6 +212,27 @@ def test_cartpole_is_learnt_in_seconds() -> None:
     assert agent.updates == 24 and trainer.clock.total_env_steps == 12_288
     returns = evaluation.evaluate(agent, "CartPole-v1", 5, seed=1).returns
     assert returns.mean() > 150, returns  # a random policy gets about 22
+
+
+@pytest.mark.parametrize(
+    ("changes", "words"),
+    [
+        ({"rollout": 0}, "PPO: rollout must be at least 2, not 0"),
+        ({"epochs": 0}, "epochs must be at least 1"),
+        ({"batch_size": 1}, "batch_size must be at least 2"),
+        ({"gae_lambda": 1.5}, "gae_lambda must lie between 0 and 1"),
+        ({"learning_rate": -1.0}, "learning_rate must be at least 0"),
+        ({"entropy_coefficient": math.nan}, "entropy_coefficient must be a number, not nan"),
+    ],
+)
+def test_numbers_that_mean_nothing_are_refused(changes: dict[str, Any], words: str) -> None:
+    with pytest.raises(UserError, match=words):
+        agent_of(**changes)
+
+
+def test_more_lanes_than_rows_of_a_rollout_are_refused() -> None:
+    with pytest.raises(UserError, match="8 lanes need a row each, but this agent's buffer has 4"):
+        trained("ppo", 8, 64, rollout=4)
 
 
 @pytest.mark.parametrize("name", ["ppo", "reactive"])

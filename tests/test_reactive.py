@@ -83,7 +83,20 @@ def test_the_mixture_on_numbers_worked_out_by_hand() -> None:
         ({"beta_state": -0.1}, "must not be negative"),
         ({"curiosity": "icn"}, "unknown curiosity 'icn'"),
         ({"base": "sac", "react_explore": True}, "sac cannot begin to explore anew"),
+        (
+            {"base": "dqn", "react_explore": True, "base_config": {"temperature": 0.1}},
+            "dqn at a temperature cannot begin to explore anew",
+        ),
         ({"recency": 1.5}, "recency must lie between 0 and 1"),
+        ({"recency": float("nan")}, "recency must be a number, not nan"),
+        ({"beta_state": float("nan")}, "beta_state must be a number, not nan"),
+        ({"recent_rows": 0}, "recent_rows must be at least 1"),
+        ({"model_batch_size": 0}, "model_batch_size must be at least 1"),
+        ({"model_epochs": 0}, "model_epochs must be at least 1"),
+        ({"react_steps": 0}, "react_steps must be at least 1"),
+        ({"slow_rate": 0.0}, "slow_rate is the share .* more than 0"),
+        ({"fast_rate": 1.5}, "fast_rate is the share .* at most 1"),
+        ({"base_config": {"rollout": 0}}, "PPO: rollout must be at least 2, not 0"),
         (
             {"base": "dqn", "react_forget": True, "base_config": {"prioritized": True}},
             "set prioritized to false",
@@ -202,6 +215,16 @@ def test_replay_learners_also_train_on_the_newest_rows(base: str) -> None:
     agent.update(batch)
     assert seen[0].shape == (8,)
     torch.testing.assert_close(seen[0][2:], batch["recent_reward"])
+
+
+def test_without_recency_the_models_see_replayed_rows_only() -> None:
+    agent, seen = agent_of("dqn", recency=0.0), []
+    batch = agent.sample(ring(agent))
+    assert len(batch["recent_reward"]) == 0
+    agent.__dict__["step"] = lambda rows: (seen.append(rows), type(agent).step(agent, rows))[1]
+    agent.update(batch)
+    assert torch.equal(seen[0]["reward"], batch["reward"])
+    assert len(agent_of("dqn", recency=0.01).sample(ring(agent))["recent_reward"]) == 1
 
 
 # ---- shifts ----------------------------------------------------------------------------------
