@@ -4,7 +4,9 @@ Faithful to stable-baselines3's settings and networks. What differs: the rollout
 shared buffer, and old log-probabilities and values are recomputed at the start of `update` (the
 parameters have not moved since collection); a truncated step bootstraps from its true last
 observation; the likelihood of a clipped continuous action is that of the clipped distribution
-(`ClippedGaussian`). Known gaps: no learning-rate schedule, no early stop on the divergence; no
+(`ClippedGaussian`); a compiled step has one shape, so where `batch_size` does not divide the
+rollout each pass leaves out a random rest smaller than a minibatch, which stable-baselines3 makes a
+short minibatch. Known gaps: no learning-rate schedule, no early stop on the divergence; no
 datasets, whose actions it would take for its own.
 """
 

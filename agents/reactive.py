@@ -60,7 +60,7 @@ class Reactive(Wrapper):
         inverse_target: Literal["mean", "sampled"] = "mean"  # sampled: as published; Box actions
         learning_rate: float = 3e-4  # Adam, models
         gradient_clip: float = 0.5  # per model; ours
-        model_batch_size: int = 64  # on-policy: rows of a minibatch
+        model_batch_size: int = 64  # on-policy: rows of a minibatch; a smaller rest is left out
         model_epochs: int = 10  # on-policy: passes over the rollout
         pairing: Literal["true", "shuffled"] = "true"  # shuffled: next row of a random batch as o'
         recency: float = 0.5  # replay: share of the models' batch from the newest rows; ours

@@ -29,7 +29,9 @@ def advantages(delta: Tensor, ended: Tensor, decay: float) -> Tensor:
 
 
 def minibatches(rows: dict[str, Tensor], size: int) -> Iterator[dict[str, Tensor]]:
-    """All rows in random order, in pieces of equal size; what is left over is not used.
+    """Rows in random order, in pieces of equal size; a rest smaller than a piece is left out.
+
+    A short piece would be another shape: one more graph to compile, and none to replay on a GPU.
 
     Args:
         rows: tensors of B rows each.

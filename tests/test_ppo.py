@@ -118,6 +118,15 @@ def test_every_row_is_used_once_per_epoch() -> None:
     assert torch.equal(pieces.sort().values, rows["advantage"])
 
 
+def test_minibatches_have_one_shape_and_every_pass_leaves_out_other_rows() -> None:
+    rows = {"advantage": torch.arange(100.0)}
+    passes = [list(minibatches(rows, 64)) for _ in range(20)]
+    assert [[len(b["advantage"]) for b in one] for one in passes] == [[64]] * 20
+    used = torch.cat([b["advantage"] for one in passes for b in one])
+    assert len(used.unique()) == 100
+    assert [len(b["advantage"]) for b in minibatches(rows, 128)] == [100]
+
+
 def test_observations_are_normalised_by_what_was_collected() -> None:
     agent, batch = agent_of(normalize=True, rollout=32), rollout(2, 16)
     batch["obs"] = 5 + 3 * batch["obs"]
