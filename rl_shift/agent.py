@@ -105,17 +105,23 @@ class Agent(Learner):
                 f"{type(self).__name__} cannot be used here: {reason} "
                 f"(observations {observation_space}, actions {action_space})"
             )
-        self._check_numbers(config)
+        self.check_numbers(config)
         self.observation_space, self.action_space = observation_space, action_space
         self.config = config
         self.begun: list[Task] = []
         self.normalizer = Normalizer(observation_space)
 
     @classmethod
-    def _check_numbers(cls, config: Any) -> None:
-        """Refuse numbers outside `limits`, and NaN everywhere."""
+    def check_numbers(cls, config: Any) -> None:
+        """Refuse numbers outside `limits`, NaN everywhere, and layers without a unit.
+
+        Raises:
+            UserError: naming the field and what it must be.
+        """
         for f in dataclasses.fields(config) if dataclasses.is_dataclass(config) else ():
             value = getattr(config, f.name)
+            if f.name.endswith("hidden") and isinstance(value, tuple) and 0 in value:
+                raise UserError(f"{cls.__name__}: {f.name} {list(value)} has a layer without units")
             low, high = cls.limits.get(f.name, (-math.inf, math.inf))
             if not isinstance(value, int | float) or low <= value <= high:
                 continue

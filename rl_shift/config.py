@@ -293,6 +293,7 @@ def resolve(agent_name: str, layers: Sequence[Layer], flags: Sequence[str] = ())
     tasks = [build(TaskSettings, values, f"tasks.{i}.") for i in range(count)]
     run = {o.key: values[o.key] for o in _run_options()}
     agent = _with_inner(build(config_class, values, "agent."))
+    agents.get(agent_name).check_numbers(agent)  # now, so that a grid is checked before it starts
     idle = bool(getattr(agent, "base_run", ""))  # a frozen base needs no budget
     return RunConfig(
         agent_name=agent_name,

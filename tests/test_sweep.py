@@ -296,6 +296,13 @@ def test_options_without_effect_are_refused_and_the_sample_can_be_read(
         "agents: [bc]\ndatasets: [rl_shift/hopper-replay-v0]\nsettings: {updates: 1}\n"
         "overrides: {agent.learning_rate: [1.0e+16, 1.0e-16]}\n"
     )
+    Path("bad.yaml").write_text(
+        "agents: [td3_bc]\ndatasets: [rl_shift/hopper-replay-v0]\nsettings: {updates: 1}\n"
+        "overrides: {agent.batch_size: [64, 0]}\n"
+    )
+    assert cli.main(["sweep", "bad.yaml"]) == 2
+    assert "batch_size must be at least 1, not 0" in capsys.readouterr().err
+    assert not Path("sweeps").exists()
     for flags, said in ((["--address", "x"], "give --backend ray"), (["--retries", "-1"], "-1")):
         assert cli.main(["sweep", "grid.yaml", *flags]) == 2
         assert said in capsys.readouterr().err
