@@ -129,17 +129,6 @@ def mean_interval(values: ArrayLike, confidence: float = 0.95) -> Interval:
     return Interval(centre, centre - half, centre + half)
 
 
-def paired_interval(first: ArrayLike, second: ArrayLike, confidence: float = 0.95) -> Interval:
-    """Mean of first - second with Student's t interval of the pairs, (n,) and (n,).
-
-    Pairs share their initial state, say, and its luck cancels.
-    """
-    x, y = np.asarray(first, float), np.asarray(second, float)
-    if x.shape != y.shape:
-        raise ValueError(f"pairs need equal shapes, got {x.shape} and {y.shape}")
-    return mean_interval(x - y, confidence)
-
-
 def bootstrap_interval(
     values: ArrayLike,
     statistic: Statistic,

@@ -72,10 +72,6 @@ def report(argv: list[str]) -> int:
     return _report(found, settings)
 
 
-def _is_results(word: str) -> bool:
-    return Path(word).name == "results.json" or Path(word).is_dir()
-
-
 def _report(found: Gathered, settings: ReportSettings) -> int:
     """Write and show the report; 1 if something was left out."""
     from rl_shift import report_pictures

@@ -112,17 +112,6 @@ def test_mean_interval():
     assert one.value == 3 and math.isnan(one.low) and math.isnan(one.high)
 
 
-def test_paired_interval_cancels_what_pairs_share():
-    luck = np.random.default_rng(3).normal(0, 100, size=50)
-    gain = np.random.default_rng(4).normal(5, 1, size=50)
-    found = metrics.paired_interval(luck + gain, luck)
-    expected = stats.ttest_rel(luck + gain, luck).confidence_interval(0.95)
-    assert found == pytest.approx((gain.mean(), expected.low, expected.high))
-    assert 4 < found.low < found.high < 6
-    with pytest.raises(ValueError, match="equal shapes"):
-        metrics.paired_interval(luck, gain[:3])
-
-
 @pytest.mark.parametrize("aggregate", AGGREGATES)
 def test_stratified_bootstrap_equals_a_loop(aggregate):
     generator = np.random.default_rng(7)
