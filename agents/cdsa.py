@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING, Any, Literal
 
 import torch
 from gymnasium.spaces import Space
-from torch import Tensor
+from torch import Tensor, nn
 
 from rl_shift import seeding
 from rl_shift.agent import Agent, Batch, Metrics, Stage, Wrapper
@@ -280,12 +280,30 @@ class CDSA(Wrapper):
                     f"observation than {task.name}: use a run on the same dataset"
                 )
         super().begin_task(task, buffer)
+        if not self.config.score:
+            self.forget()
         if not self.config.score and self.config.mode != "conditional":
             rows = self.split(buffer)["inverse"][0]
             self.inverse.fit_statistics(buffer, rows, self.normalizer)
             self.dynamics.fit(buffer.take(rows))
         if self.config.mode != "conditional" and not self.has_state_channel:
             log.warning("no forward model: the action channel alone corrects, unless target=state")
+
+    def forget(self) -> None:
+        """What was measured on an earlier task's data says nothing about this one's."""
+        for network, best in self.bests.values():
+            best.reset(network)
+        self.quantiles.table.fill_(-1.0)
+        self.inverse.error.fill_(-1.0)
+
+    @property
+    def bests(self) -> dict[str, tuple[nn.Module, Best]]:
+        """The network of every stage and its best weights."""
+        return {
+            "score": (self.average, self.best_score),
+            "inverse": (self.inverse, self.best_inverse),
+            "forward": (self.dynamics, self.best_dynamics),
+        }
 
     def split(self, buffer: Buffer) -> dict[str, tuple[Tensor, Tensor]]:
         """Rows to learn from and rows held out, per stage."""
@@ -307,11 +325,7 @@ class CDSA(Wrapper):
         """Keep the best weights on held-out episodes; at the end, use them and calibrate."""
         if stage.name not in MODELS:
             return self.base.check(stage, updates, buffer)
-        network, best = {
-            "score": (self.average, self.best_score),
-            "inverse": (self.inverse, self.best_inverse),
-            "forward": (self.dynamics, self.best_dynamics),
-        }[stage.name]
+        network, best = self.bests[stage.name]
         held_out = self.spread(buffer, stage.name, 1)
         with seeding.forked(0):  # the same noise at every check
             best.offer(network, self.run(self.held_out_loss, held_out))

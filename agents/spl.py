@@ -116,6 +116,7 @@ class SPL(Wrapper):
             )
         Agent.begin_task(self, task, buffer)
         self.split = self.data = self.saved = None
+        self.best.reset(self.reward)
         known = self.revealed(buffer).known
         reward = buffer.arrays()["reward"][known]
         for name, value in (

@@ -96,12 +96,17 @@ class GaussianEnsemble(nn.Module):
         self.register_buffer("stale", torch.tensor(-1))  # checks without progress; -1: none yet
 
     def fit(self, rows: Batch) -> None:
-        """Take the statistics of transitions, (B, ...); constant dimensions keep std 1."""
+        """Take the statistics of transitions, (B, ...); constant dimensions keep std 1.
+
+        Errors on other data do not compare with these: `converged` starts anew.
+        """
         inputs = torch.cat([rows["obs"], rows["action"]], -1)
         for name, values in (("input", inputs), ("target", self._target(rows))):
             std, mean = torch.std_mean(values.double(), 0, correction=0)
             getattr(self, f"{name}_mean").copy_(mean)
             getattr(self, f"{name}_std").copy_(torch.where(std < 1e-6, 1.0, std))
+        self.best.zero_()
+        self.stale.fill_(-1)
 
     def _target(self, rows: Batch) -> Tensor:
         """(s' - s, r) in the data's units, (..., obs + 1)."""

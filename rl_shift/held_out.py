@@ -64,6 +64,14 @@ class Best(nn.Module):
         self.register_buffer("stale", torch.tensor(0))
 
     @torch.no_grad()
+    def reset(self, network: nn.Module) -> None:
+        """Forget every offer: losses on other data do not compare with these."""
+        for mine, theirs in zip(self.network.parameters(), network.parameters(), strict=True):
+            mine.copy_(theirs)
+        self.loss.fill_(torch.finfo(torch.float32).max)
+        self.stale.zero_()
+
+    @torch.no_grad()
     def offer(self, network: nn.Module, loss: Tensor) -> None:
         """Keep `network`'s parameters where `loss`, () or (S,), is below the best one."""
         better = loss < self.loss

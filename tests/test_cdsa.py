@@ -258,6 +258,29 @@ def test_a_stage_ends_with_the_best_weights_after_its_patience(
     assert (agent.average.layers[0].bias == 1.0).all() and agent.quantiles.known
 
 
+def test_a_second_task_s_models_do_not_compete_with_the_first_one_s(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    agent = made(patience=2)
+    task = Task(name="toy", dataset="toy", updates=1)
+    networks = {"score": agent.average, "inverse": agent.inverse.net, "forward": agent.dynamics}
+    losses = iter([0.1, 0.2, 5.0, 4.0, 4.5, 4.6] * 3)  # of each model: easy data, then hard ones
+    monkeypatch.setattr(agent, "held_out_loss", lambda batch: torch.tensor(next(losses)))
+    for name, network in networks.items():
+        for number, checks in ((1, 2), (2, 4)):
+            data = flat_data()
+            agent.begin_task(task, data)
+            assert not agent.quantiles.known and not bool(agent.inverse.usable)
+            [leg] = [leg for leg in agent.stages(task) if leg.name == name]
+            agent.stage, ended = name, []
+            for check in range(checks):
+                next(network.parameters()).data.fill_(10.0 * number + check)
+                ended.append(agent.check(leg, leg.updates if number == 1 else check + 1, data))
+            if number == 2:  # after its own patience, with its own best weights
+                assert ended == [False, False, False, True]
+                assert (next(network.parameters()) == 21.0).all(), name
+
+
 def test_unusable_inverse_dynamics_switch_the_state_channel_off(
     caplog: pytest.LogCaptureFixture,
 ) -> None:

@@ -116,6 +116,10 @@ def test_elites_are_the_best_and_training_stops_without_progress() -> None:
     assert not model.converged(torch.tensor([2.0, 1.0, 2.0]), patience=2)  # the first is better
     assert not model.converged(torch.tensor([1.99, 0.995, 2.0]), patience=2)  # less than 1 %
     assert model.converged(torch.tensor([2.5, 1.5, 2.5]), patience=2)
+    model.fit(transitions(50))  # other data: their errors are another record
+    assert not model.converged(torch.tensor([9.0, 9.0, 8.0]), patience=2)
+    assert not model.converged(torch.tensor([8.0, 9.0, 8.0]), patience=2)
+    assert model.best.tolist() == [8.0, 9.0, 8.0]
 
 
 def test_members_start_different_and_the_mean_is_differentiable() -> None:

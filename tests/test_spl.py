@@ -93,6 +93,23 @@ def learnt(agent: Any, buffer: Buffer, updates: int) -> None:
     agent.stage = "offline"
 
 
+def test_a_second_task_s_networks_do_not_compete_with_the_first_one_s(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    agent = agent_of(patience=2)
+    for number, loss in ((1, 0.1), (2, 5.0)):  # easy data, then hard ones
+        buffer = begun(agent)
+        monkeypatch.setattr(agent, "errors", lambda batch, loss=loss: torch.full((4,), loss))
+        stage = agent.stages(task_of())[0]
+        first = next(agent.reward.parameters())
+        first.data.fill_(number)
+        assert not agent.check(stage, 20, buffer)  # the record of the first task is no record here
+        first.data.fill_(-number)
+        assert agent.best.stale.tolist() == [0] * 4
+        assert [agent.check(stage, 40, buffer), agent.check(stage, 50, buffer)] == [False, True]
+        assert (first == number).all()
+
+
 def test_hidden_rewards_cannot_leak(monkeypatch: pytest.MonkeyPatch) -> None:
     for labels in ("lower", "mean", "zero", "none"):
         plain = trained(monkeypatch, labels=labels, coverage=0.8)
