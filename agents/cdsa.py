@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import copy
 import logging
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, Literal
@@ -23,7 +24,7 @@ from rl_shift import seeding
 from rl_shift.agent import Agent, Batch, Metrics, Stage, Wrapper
 from rl_shift.buffer import Buffer, Mixture
 from rl_shift.dynamics import GaussianEnsemble
-from rl_shift.errors import UserError
+from rl_shift.errors import UserError, check_fields
 from rl_shift.held_out import Best, split_by_episode
 from rl_shift.inverse_dynamics import InverseDynamics, inside_episodes
 from rl_shift.score import (
@@ -46,6 +47,11 @@ log = logging.getLogger(__name__)
 EVALUATION: Mapping[str, bool] = {"evaluation": True}
 MODELS = ("score", "inverse", "forward")  # stages
 HELD_OUT_ROWS = 20_000  # at most, per check
+
+
+def guides(c: CDSA.Config) -> bool:
+    """Whether the settings offer a state channel."""
+    return c.mode != "conditional" and (c.target == "state" or c.forward_updates > 0)
 
 
 class CDSA(Wrapper):
@@ -114,12 +120,13 @@ class CDSA(Wrapper):
     reusable = {"score": ("average", "quantiles", "inverse", "dynamics", "normalizer")}
     SCORE_FIELDS = (
         "mode", "sigma_min", "sigma_max", "level_count", "state_scale", "hidden", "model_hidden",
-        "inverse_difference", "forward_updates", "normalize",
+        "inverse_difference", "normalize",
     )  # fmt: skip
 
     def __init__(
         self, observation_space: Space[Any], action_space: Space[Any], config: Config, *base: Agent
     ) -> None:
+        self.check_settings(config)
         super().__init__(observation_space, action_space, config, *base)
         obs, action = observation_space.shape[0], action_space.shape[0]  # type: ignore[index]
         sigmas = geometric_levels(config.sigma_min, config.sigma_max, config.level_count)
@@ -140,6 +147,44 @@ class CDSA(Wrapper):
         )
         self.optimizer("inverse.net", "dynamics", lr=config.learning_rate)
         self.rows: tuple[Buffer, dict[str, tuple[Tensor, Tensor]]] | None = None
+
+    @staticmethod
+    def check_settings(c: Config) -> None:
+        """Refuse values out of range, and settings that would correct nothing without a word.
+
+        Raises:
+            UserError: naming the field and what it takes.
+        """
+        least = c.sigma_min if c.level_count > 1 else c.sigma_max  # a single level is the largest
+        used, most = (least, c.sigma_max) if c.mode != "conditional" else (1e-9, math.inf)
+        scales = f"between the noise scales {least:g} and {c.sigma_max:g}"
+        check_fields(
+            c,
+            ("level_count", c.level_count >= 1, "at least 1 noise scale"),
+            ("sigma_max", 0 < c.sigma_max < math.inf, "a positive noise scale"),
+            ("sigma_min", 0 < c.sigma_min <= c.sigma_max, f"above 0, at most {c.sigma_max:g}"),
+            ("steps", len(c.steps) > 0, "at least one noise scale"),
+            ("steps", all(least <= s <= c.sigma_max for s in c.steps), f"values {scales}"),
+            ("state_step", used <= c.state_step <= most, f"a value {scales}"),
+            ("eta_action", c.eta_action >= 0, "0 or more"),
+            ("eta_state", c.eta_state >= 0, "0 or more"),
+            ("weight", c.weight >= 0, "0 or more"),
+            ("gate_quantile", 0 <= c.gate_quantile <= 1, "a share between 0 and 1"),
+        )
+        if c.correction == "off":
+            return
+        if c.gate != "off" and c.mode == "state":
+            raise UserError(
+                f"agent.gate {c.gate} looks at scores of actions, which mode state does not learn: "
+                "give --agent.gate off, or train with --agent.mode joint"
+            )
+        offered = [k for k, there in (("action", c.mode != "state"), ("state", guides(c))) if there]
+        if c.channels not in offered and not (c.channels == "both" and offered):
+            raise UserError(
+                f"agent.channels {c.channels} would correct nothing: mode {c.mode} with "
+                f"forward_updates {c.forward_updates} and target {c.target} offers the channels "
+                f"[{', '.join(offered)}]; give one of them, or --agent.correction off"
+            )
 
     @staticmethod
     def supports(observation_space: Space[Any], action_space: Space[Any]) -> str | None:
@@ -192,19 +237,13 @@ class CDSA(Wrapper):
         strength = self.strength(obs, action)
         if c.mode != "state" and c.channels != "state":
             action = correct_action(self.average, obs, action, self.levels, c.eta_action, strength)
-        if self.has_state_channel and c.channels != "action":
+        if guides(c) and c.channels != "action":
             action = self.guided(raw, obs, action, strength)
         if c.judge == "value":
             before, after = (self.base.action_value(raw, a) for a in (given, action))
             if before is not None and after is not None:
                 action = torch.where((after >= before).unsqueeze(-1), action, given)
         return action
-
-    @property
-    def has_state_channel(self) -> bool:
-        """Whether the settings offer one."""
-        c = self.config
-        return c.mode != "conditional" and (c.target == "state" or c.forward_updates > 0)
 
     def strength(self, obs: Tensor, action: Tensor) -> Tensor:
         """What the gate lets through, (B, 1) in 0..1."""
@@ -230,18 +269,23 @@ class CDSA(Wrapper):
         return (action + weight * (auxiliary - self.inverse(obs, reached))).clamp(-1, 1)
 
     def diagnostics(self, obs: Tensor) -> Metrics:
-        """Size of the correction; score norm before and after, at the last step's level."""
+        """Size of the correction; score norm before and after, at the last step's level.
+
+        In mode state there are no scores of actions, and none are shown.
+        """
         before = self.base.act(obs, False)
         after = self.corrected(obs, before)
         obs = self.normalizer(obs)
         change, level = after - before, self.levels[-1]
-        return {
+        found = {
             "correction/norm": change.norm(dim=-1),
             "correction/mean_abs": change.abs().mean(-1),
-            "score/before": action_score_norm(self.average, obs, before, level),
-            "score/after": action_score_norm(self.average, obs, after, level),
             "corrected/share": change.any(-1).to(obs.dtype),
         }
+        if self.config.mode != "state":
+            found["score/before"] = action_score_norm(self.average, obs, before, level)
+            found["score/after"] = action_score_norm(self.average, obs, after, level)
+        return found
 
     def focus(self, task: Task) -> None:
         """Also refuses to act with a gate that was never calibrated."""
@@ -286,7 +330,7 @@ class CDSA(Wrapper):
             rows = self.split(buffer)["inverse"][0]
             self.inverse.fit_statistics(buffer, rows, self.normalizer)
             self.dynamics.fit(buffer.take(rows))
-        if self.config.mode != "conditional" and not self.has_state_channel:
+        if self.config.mode == "joint" and not guides(self.config):
             log.warning("no forward model: the action channel alone corrects, unless target=state")
 
     def forget(self) -> None:
@@ -368,6 +412,12 @@ class CDSA(Wrapper):
                     f"the models of {self.config.score} have agent.{name} {theirs}, this run has "
                     f"{mine}: give --agent.{name} as there"
                 )
+        theirs, mine = (c.forward_updates > 0 for c in (source.config, self.config))
+        if theirs != mine and self.config.mode != "conditional":  # how long it learnt is theirs
+            raise UserError(
+                f"{self.config.score} has {'a' if theirs else 'no'} forward model: give "
+                f"--agent.forward_updates {source.config.forward_updates} as there"
+            )
         if not source.quantiles.known:
             raise UserError(f"the score stage of {self.config.score} did not end: train it on")
         super().reuse(field, source)

@@ -16,6 +16,21 @@ class TrainingDiverged(UserError):
     """A logged value turned NaN or infinite; the last good checkpoint was kept."""
 
 
+def check_fields(config: object, *rules: tuple[str, bool, str]) -> None:
+    """Refuse settings of an agent that are out of range.
+
+    Args:
+        config: the agent's Config.
+        rules: name of a field, whether its value fits, and what would.
+
+    Raises:
+        UserError: naming the first field that does not fit.
+    """
+    for name, fits, wanted in rules:
+        if not fits:
+            raise UserError(f"agent.{name} {getattr(config, name)}: give {wanted}")
+
+
 def nearest(word: str, known: Iterable[str]) -> str:
     """The phrase ", did you mean 'x'?" where something close is known, else nothing."""
     match = get_close_matches(word, list(known), n=1)

@@ -37,6 +37,10 @@ def score(spec: str, rows: int, picture: Path | None) -> dict[str, Any]:
     network = getattr(agent, "average", None)
     if network is None or agent.seeds > 1:
         raise UserError(f"{spec} is no run of one seed that learnt a score model")
+    if network.mode == "state":
+        raise UserError(f"{spec} learnt scores of states alone (agent.mode state), none of actions")
+    if rows < 1:
+        raise UserError(f"--rows {rows}: give at least 1")
     info = datasets.resolve(str(run.tasks[0].dataset))
     policy = tanh_gaussian.behaviour_policy(info.path)
     buffer = Buffer.from_arrays(datasets.load(info))

@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+import math
 from pathlib import Path
 from typing import Any
 
@@ -304,6 +305,56 @@ def test_what_a_mode_offers(caplog: pytest.LogCaptureFixture) -> None:
     still = with_fields(state_only, weight=0.0)
     expected = still.run(still.base.act, obs, False)
     assert torch.equal(still.run(still.act, obs, False), expected)
+
+
+@pytest.mark.parametrize(
+    ("field", "values"),
+    [
+        ("level_count", (0, -1)), ("sigma_min", (0.0, -0.1, 0.6, math.nan)),
+        ("sigma_max", (0.0, math.inf)), ("steps", ((), (0.2, 0.0), (-0.1,), (0.6,), (0.01,))),
+        ("state_step", (0.0, 0.6)), ("eta_action", (-0.5,)), ("eta_state", (-0.5,)),
+        ("weight", (-1.0,)), ("gate_quantile", (-0.1, 1.5, math.nan)),
+    ],
+)  # fmt: skip
+def test_values_out_of_range_are_refused(field: str, values: tuple[Any, ...]) -> None:
+    for value in values:
+        with pytest.raises(UserError, match=f"agent.{field} .*: give "):
+            made(**{field: value})
+    made(sigma_max=0.3, steps=(0.3, 0.02), gate_quantile=1.0)
+    made(mode="conditional", state_step=0.9)  # nothing uses it
+    made(level_count=1, steps=(0.5,), state_step=0.5)
+
+
+def test_settings_that_would_correct_nothing_are_refused() -> None:
+    for changes, message in (
+        ({"mode": "state", "gate": "hard"}, "agent.gate hard looks at scores of actions"),
+        ({"mode": "conditional", "channels": "state"}, r"offers the channels \[action\]"),
+        ({"mode": "state", "channels": "action"}, r"offers the channels \[state\]"),
+        ({"forward_updates": 0, "channels": "state"}, r"offers the channels \[action\]"),
+        ({"mode": "state", "forward_updates": 0}, r"offers the channels \[\]"),
+    ):
+        with pytest.raises(UserError, match=message):
+            made(**changes)
+        made(**changes, correction="off")
+    made(forward_updates=0, target="state", channels="state")
+
+
+def test_only_what_was_measured_is_shown(agent: CDSA) -> None:
+    obs = observations()
+    state_only = made(mode="state")
+    assert set(state_only.run(state_only.diagnostics, obs)) == {
+        "correction/norm", "correction/mean_abs", "corrected/share"
+    }  # fmt: skip
+    found = agent.run(agent.diagnostics, obs)
+    assert (found["score/before"] > 0).all() and (found["score/after"] > 0).all()
+
+
+def test_models_are_reused_whatever_their_budget_was(agent: CDSA) -> None:
+    other = made(score="elsewhere", forward_updates=7)
+    other.reuse("score", agent)
+    assert torch.equal(other.dynamics.weights[0], agent.dynamics.weights[0])
+    with pytest.raises(UserError, match="has a forward model: give --agent.forward_updates 40"):
+        made(score="elsewhere", forward_updates=0).reuse("score", agent)
 
 
 # ---- from the command line ---------------------------------------------------------------------

@@ -65,6 +65,21 @@ def test_mistakes(
     assert "is no run folder" in capsys.readouterr().err
 
 
+def test_scores_that_were_never_learnt_are_not_judged(
+    diagnose: Any, run_dir: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    data, run = str(Path(run_dir).parent / "data.hdf5"), str(tmp_path / "states")
+    argv = ["train", "cdsa", "--dataset", data, "--agent.base", "bc", "--updates", "1",
+            "--agent.mode", "state", "--agent.hidden", "[8]", "--agent.model_hidden", "[8]",
+            "--agent.score_updates", "2", "--agent.inverse_updates", "2", "--run-dir", run,
+            "--agent.forward_updates", "2", "--eval-episodes", "1"]  # fmt: skip
+    assert cli.main(argv) == 0
+    assert diagnose.main(["score", run]) == 2
+    assert "learnt scores of states alone" in capsys.readouterr().err
+    assert diagnose.main(["score", run_dir, "--rows", "0"]) == 2
+    assert "--rows 0: give at least 1" in capsys.readouterr().err
+
+
 def test_a_recorded_policy_is_read_back_from_its_data(tmp_path: Path) -> None:
     rng = np.random.default_rng(1)
     layers = {"fc0": (4, 2), "fc1": (4, 4), "last_fc": (2, 4), "last_fc_log_std": (2, 4)}
