@@ -384,6 +384,20 @@ class CDSA(Wrapper):
             self.warn_if_unusable()
         return True
 
+    def outcome(self, stage: Stage) -> Metrics:
+        """Squared error of the inverse dynamics on held-out episodes beside the actions' variance.
+
+        The mean over the seeds, for every dimension of the action.
+        """
+        if stage.name != "inverse":
+            return super().outcome(stage)
+        found = {"mse": self.inverse.error, "variance": self.inverse.variance}
+        return {
+            f"{name}/{k}": value.clone()
+            for name, values in found.items()
+            for k, value in enumerate(values.unbind(-1))
+        }
+
     def spread(self, buffer: Buffer, stage: str, side: int) -> Batch:
         """Rows spread evenly over one side of the split, raw, (S, B, ...) if stacked."""
         rows = self.split(buffer)[stage][side]

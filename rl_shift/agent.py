@@ -9,6 +9,7 @@ compiled graph (`rl_shift.compile`) and with S stacked seeds. Our design.
 from __future__ import annotations
 
 import dataclasses
+import logging
 import math
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -25,6 +26,8 @@ from rl_shift.networks import ActionValues, Normalizer
 if TYPE_CHECKING:
     from rl_shift.buffer import Buffer, Mixture
     from rl_shift.config import Task
+
+log = logging.getLogger(__name__)
 
 __all__ = [
     "Agent",
@@ -186,6 +189,10 @@ class Agent(Learner):
         Part of training: whatever it changes must lie in modules or in `extra_state`.
         """
         return False
+
+    def outcome(self, stage: Stage) -> Metrics:
+        """What a stage ended with, logged beside the metrics of its last update; after `check`."""
+        return {}
 
     def diagnostics(self, obs: Tensor) -> Metrics:
         """Numbers about `act` at these states, (N, obs) -> (N,) each; pure.
@@ -418,10 +425,21 @@ class Wrapper(Agent):
         return [Stage("frozen")] if self.base.frozen else self.base.stages(task)
 
     def begin_task(self, task: Task, buffer: Buffer) -> None:
-        """Begin the task here, then in the base."""
+        """Begin the task here, then in the base; says so where the budget has nothing to train."""
         super().begin_task(task, buffer)
         if not self.base.frozen:
             self.base.begin_task(task, buffer)
+        elif task.updates:
+            log.warning(
+                "the base is the finished agent of %s and stays as it is: the %d updates of this "
+                "task are not made",
+                self.config.base_run,
+                task.updates,
+            )
+
+    def outcome(self, stage: Stage) -> Metrics:
+        """The base's."""
+        return self.base.outcome(stage)
 
     def end_task(self, task: Task, buffer: Buffer) -> None:
         """End it in the base."""

@@ -165,6 +165,8 @@ class Trainer:
                 self.clock.updates += 1
                 if self._converged(stage):
                     self.clock.updates = stage.updates
+                if self.clock.updates == stage.updates:
+                    self._metrics = {**self._metrics, **self.agent.outcome(stage)}
                 self._after(stage, self._passed + self.clock.updates, 1)
                 yield self.clock
             if not stage.counted and self._marks[1] != self.clock.total_updates:

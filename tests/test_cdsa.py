@@ -392,6 +392,34 @@ def test_one_score_module_serves_every_base(files: dict[str, str], tmp_path: Pat
     assert not torch.equal(first.base.actor.net.layers[0].bias, other.base.actor.net.layers[0].bias)
 
 
+@pytest.mark.parametrize("updates", [12, 10])
+def test_the_inverse_dynamics_are_reported_per_dimension(
+    files: dict[str, str], tmp_path: Path, updates: int
+) -> None:
+    """Also where the last update of the stage is logged anyway."""
+    argv = ["train", "cdsa", "--dataset", files["data.hdf5"], "--agent.base", files["base"] + "#0",
+            "--agent.model_hidden", "[8]", "--agent.inverse_updates", f"{updates}",
+            "--agent.forward_updates", "2", "--run-dir", str(tmp_path / "run"), *TINY]  # fmt: skip
+    assert cli.main([*argv, "--agent.mode", "joint", *FEW]) == 0
+    lines = (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()
+    [found] = [line for line in map(json.loads, lines) if "inverse/mse/0" in line]
+    inverse = runs.load_agent(tmp_path / "run")[0].inverse
+    assert found["inverse/mse/0"] == pytest.approx(float(inverse.error[0]))
+    assert found["inverse/variance/0"] == pytest.approx(float(inverse.variance[0]))
+    assert float(inverse.error[0]) > 0 and "inverse/mse/1" not in found
+
+
+def test_a_budget_that_trains_nothing_is_said(
+    files: dict[str, str], tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    argv = ["train", "cdsa", "--dataset", files["data.hdf5"], "--agent.base", files["base"] + "#0"]
+    argv += ["--agent.score", files["cdsa"], *TINY, *FEW]
+    assert cli.main([*argv, "--run-dir", str(tmp_path / "none")]) == 0
+    assert "are not made" not in caplog.text
+    assert cli.main([*argv, "--updates", "100", "--run-dir", str(tmp_path / "some")]) == 0
+    assert "stays as it is: the 100 updates of this task are not made" in caplog.text
+
+
 def test_evaluation_with_and_without(
     files: dict[str, str], tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
