@@ -1,11 +1,16 @@
 """PGD: Policy-Guided Diffusion (Jackson et al., 2024), near-on-policy data for an offline agent.
 
-Faithful: window rules, row layout, EDM objective, U-Net, closed form of the guidance, mixture of
-15/16 generated and 1/16 real rows, first set unguided, a new one every 10,000 updates. Differs: the
-sampler takes its Euler step from the right point, 32 deterministic steps instead of 256 with churn,
-guidance inside the denoiser (`guidance: additive` is the published rule), terminal rows at the end
-of a window are kept, the average of the weights moves at every update, no warm-up of the learning
-rate. The base keeps its own update ratios. Known gaps: one dataset per task, no interaction.
+Faithful: which windows are taken, row layout, EDM objective, U-Net, closed form of the guidance,
+mixture of 15/16 generated and 1/16 real rows, first set unguided, a new one every 10,000 updates.
+Differs: the sampler takes its Euler step from the right point, 32 deterministic steps instead of
+256 with churn, guidance inside the denoiser (`guidance: additive` is the published rule), windows
+of the training length are generated (128 + 1 rows there), terminating windows are listed round(T
+/ stride) times (`repeat_endings: false` is the published rule), terminal rows at the end of a
+generated window are kept. The denoiser learns for a number of updates on batches of 256 instead
+of 10,000 epochs of batches of 32, without the warm-up of the learning rate over the first 10 %,
+its gradients clipped, all episodes in use (5 % held out there), and the average of its weights
+moves at every update instead of ten times as far at every tenth. The base keeps its own settings
+and update ratios. Known gaps: one dataset per task, no interaction.
 """
 
 from __future__ import annotations
@@ -24,7 +29,7 @@ from rl_shift.agent import Agent, Batch, Metrics, Stage, Wrapper
 from rl_shift.buffer import Buffer, Mixture
 from rl_shift.denoisers import ResidualMLP, TemporalUNet
 from rl_shift.diffusion import EDM, Sampler, Solver
-from rl_shift.errors import UserError
+from rl_shift.errors import UserError, check_fields
 from rl_shift.guidance import Form, Guidance, Norm, log_likelihood, tuned
 from rl_shift.synthetic import Synthetic, described, taking_turns
 from rl_shift.trajectories import TrajectoryCodec, window_starts
@@ -34,6 +39,8 @@ if TYPE_CHECKING:
 
 log = logging.getLogger(__name__)
 PROBES, PROBE_WINDOWS = 5, 40  # of the self-tuned strength, before each generation
+MLP_WINDOW = 8  # longest window of the mlp: its layers grow with the square of the rows
+UNET_WINDOW = 4  # shortest window of the U-Net, which halves it twice
 
 
 class PGD(Wrapper):
@@ -59,6 +66,7 @@ class PGD(Wrapper):
         # windows and denoiser
         window: int = 32  # rows T
         stride: int = 8  # distance of window starts
+        repeat_endings: bool = True  # windows that terminate count T / stride times; ours, once
         network: Literal["unet", "mlp"] = (
             "unet"  # mlp: SynthER's, for windows of up to 8 rows; ours
         )
@@ -94,8 +102,9 @@ class PGD(Wrapper):
         config: Config,
         base: Agent | None = None,
     ) -> None:
-        super().__init__(observation_space, action_space, config, base)
         c = config
+        self.check_settings(c)
+        super().__init__(observation_space, action_space, config, base)
         obs, action = observation_space.shape[0], action_space.shape[0]  # type: ignore[index]
         self.codec = TrajectoryCodec(obs, action, c.window)
         if c.network == "unet":
@@ -111,6 +120,31 @@ class PGD(Wrapper):
         self.synthetic = Synthetic(observation_space, action_space, self.base)
 
     coefficient: Tensor
+
+    @staticmethod
+    def check_settings(c: Config) -> None:
+        """Refuse values out of range before anything large is built.
+
+        Raises:
+            UserError: naming the field and what it takes.
+        """
+        if c.network == "mlp" and c.window > MLP_WINDOW:
+            raise UserError(
+                f"agent.window {c.window}: network mlp takes windows of up to {MLP_WINDOW} rows; "
+                "give --agent.network unet for longer ones"
+            )
+        least = 2 if c.network == "mlp" else UNET_WINDOW
+        check_fields(
+            c,
+            ("window", c.window >= least, f"at least {least} rows for network {c.network}"),
+            ("stride", c.stride >= 1, "at least 1 row"),
+            ("windows", c.windows >= 1, "at least 1"),
+            ("synthesis_updates", c.synthesis_updates >= 1, "at least 1 block"),
+            ("coefficient", c.coefficient >= 0, "0 (no guidance) or more"),
+            ("spread", c.spread >= 0, "0 (the coefficient stays) or more"),
+            ("refresh_fraction", 0 < c.refresh_fraction <= 1, "a share above 0, at most 1"),
+            ("real_fraction", 0 <= c.real_fraction <= 1, "a share between 0 and 1"),
+        )
 
     @staticmethod
     def supports(observation_space: Space[Any], action_space: Space[Any]) -> str | None:
@@ -163,8 +197,10 @@ class PGD(Wrapper):
         """Fill one block of the ring; gives its rows with what is worth knowing about them."""
         guided = self.stage == "guided"
         fraction = self.config.refresh_fraction if guided else 1.0
+        since = self.synthetic.blocks - self.blocks(1.0)  # the first generation is unguided
+        begins = since % self.blocks(fraction) == 0
         with self.synthetic.noise():
-            if guided and self.config.spread:
+            if guided and self.config.spread and begins:
                 self.tune()
             x = self.generate(self.block(fraction), guided)
         rows = self.codec.transitions(x)
@@ -210,13 +246,14 @@ class PGD(Wrapper):
 
     def find_starts(self, buffer: Buffer) -> None:
         """The windows to learn from; says what the data lose to short episodes."""
-        self.starts, dropped = window_starts(buffer, self.config.window, self.config.stride)
+        c = self.config
+        self.starts, dropped = window_starts(buffer, c.window, c.stride, c.repeat_endings)
         if dropped:
             log.warning(
-                "%.1f %% of the rows lie in episodes shorter than the window of %d rows and are "
+                "%.1f %% of the rows lie in episodes too short for a window of %d rows and are "
                 "left out",
                 100 * dropped,
-                self.config.window,
+                c.window,
             )
 
     def extra_state(self) -> dict[str, Any]:

@@ -16,6 +16,7 @@ import torch
 from torch import Tensor
 
 from rl_shift.diffusion import Denoise, Sampler
+from rl_shift.trajectories import INSIDE
 
 if TYPE_CHECKING:
     from rl_shift.agent import Policy
@@ -62,10 +63,14 @@ def score(
 
 
 def log_likelihood(at: Policy, action: Tensor) -> Tensor:
-    """Log-likelihood of actions (N, action), as `score` means it, (N,)."""
+    """Log-likelihood of actions (N, action), as `score` means it, (N,).
+
+    Real actions may lie on the edge of the box, where atanh has no value: they are taken just
+    inside it, as far out as generated ones can be.
+    """
     std = torch.ones_like(action) if at.std is None else at.std.expand_as(action)
     std = std.clamp(min=LEAST_STD)
-    error = (action.atanh() if at.squashed else action) - at.mean
+    error = (action.clamp(-INSIDE, INSIDE).atanh() if at.squashed else action) - at.mean
     return -(0.5 * (error / std).square() + std.log() + 0.5 * LOG_2PI).sum(-1)
 
 

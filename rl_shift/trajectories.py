@@ -29,18 +29,24 @@ KEYS: tuple[str, ...] = (
 INSIDE = 1 - 1e-6  # ... and decoded ones to this: tanh reaches 1 in float32
 
 
-def window_starts(buffer: Buffer, length: int, stride: int) -> tuple[Tensor, float]:
+def window_starts(
+    buffer: Buffer, length: int, stride: int, repeat: bool = True
+) -> tuple[Tensor, float]:
     """First rows of the windows to learn from, and the share of rows in episodes too short for any.
+
+    A truncated episode needs `length` + 1 rows: the window of its last row is left out.
 
     Every `stride`-th start within an episode, every episode's start and every start whose window
     ends on a termination; none whose window ends on a truncation. A row within an episode lies in
-    `length / stride` windows, its last one only in one: windows that end on a termination are
-    listed that often, so that terminations are as frequent in the windows as in the data (ours).
+    `length / stride` windows, its last one only in one: with `repeat`, windows that end on a
+    termination are listed that often, so that terminations are as frequent in the windows as in
+    the data (ours).
 
     Args:
         buffer: flat data.
         length: rows T of a window.
         stride: distance of starts.
+        repeat: whether windows that end on a termination are listed several times.
 
     Raises:
         UserError: if no window is left; it names the longest that would fit.
@@ -57,15 +63,15 @@ def window_starts(buffer: Buffer, length: int, stride: int) -> tuple[Tensor, flo
     keep |= valid == episodes[episode[valid], 0]
     keep |= terminated[last]
     keep &= terminated[last] | (last + 1 < episodes[episode[valid], 1])
-    often = max(1, round(length / stride))
+    often = max(1, round(length / stride)) if repeat else 1
     starts = valid.repeat_interleave(torch.where(terminated[last], often, 1) * keep)
+    longest = torch.where(terminated[episodes[:, 1] - 1], lengths, lengths - 1)  # per episode
     if not len(starts):
-        longest = int(torch.where(terminated[episodes[:, 1] - 1], lengths, lengths - 1).max())
         raise UserError(
             f"no window of {length} rows fits into an episode of the data: the longest usable "
-            f"window has {longest}; choose a shorter one"
+            f"window has {int(longest.max())}; choose a shorter one"
         )
-    dropped = lengths[lengths < length].sum() / len(buffer)
+    dropped = lengths[longest < length].sum() / len(buffer)
     return starts, float(dropped)
 
 

@@ -22,7 +22,7 @@ from rl_shift.diffusion import Sampler, noise_levels
 from rl_shift.errors import UnsupportedSpace, UserError
 from rl_shift.guidance import Guidance, log_likelihood, score, tuned
 from rl_shift.networks import DeterministicActor
-from rl_shift.trajectories import TrajectoryCodec, window_starts
+from rl_shift.trajectories import INSIDE, TrajectoryCodec, window_starts
 
 OBS, ACTION = 3, 2
 BOX = spaces.Box(-np.inf, np.inf, (OBS,), np.float32)
@@ -159,7 +159,7 @@ def test_a_zero_gradient_pushes_nothing() -> None:
 
 
 @pytest.mark.parametrize("form", ["additive", "bounded", "curvature"])
-def test_only_actions_are_moved_and_no_gradient_flows(form: Any) -> None:
+def test_only_actions_are_moved(form: Any) -> None:
     codec = TrajectoryCodec(OBS, ACTION, 6)
     actor = DeterministicActor(OBS, (8,), ACTION)
     noise = torch.randn(4, 6, codec.width)
@@ -172,7 +172,26 @@ def test_only_actions_are_moved_and_no_gradient_flows(form: Any) -> None:
     assert not torch.equal(guided[..., action], plain[..., action])
     assert torch.equal(guided[..., : action.start], plain[..., : action.start])
     assert torch.equal(guided[..., action.stop :], plain[..., action.stop :])
-    assert all(p.grad is None for p in actor.parameters())
+
+
+@pytest.mark.parametrize("form", ["additive", "bounded", "curvature"])
+def test_generation_builds_no_graph(form: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Neither through the policy nor through the denoiser, whose parameters do want gradients."""
+    buffer = episodes([40, 40], [False, False])
+    agent = made(buffer, guidance=form)
+    for p in agent.parameters():
+        p.requires_grad_(True)
+    seen: list[Tensor] = []
+    asked: list[str] = []
+    for module in (agent.averaged, agent.base.actor):
+        module.register_forward_hook(lambda module, inputs, output: seen.append(output))
+    for place, name in ((torch.autograd, "grad"), (torch.autograd, "backward"),
+                        (torch.func, "grad"), (torch.func, "vjp")):  # fmt: skip
+        monkeypatch.setattr(place, name, lambda *a, name=name, **k: asked.append(name))
+    stage(agent, "guided")
+    rows = agent.sample(buffer)
+    assert len(seen) > 8 and asked == []
+    assert not any(x.requires_grad for x in [*seen, *rows.values()])
 
 
 def test_the_schedule_of_strengths() -> None:
@@ -193,6 +212,16 @@ def test_the_strength_tunes_itself(target: float, coefficient: float) -> None:
     assert float(spread) == pytest.approx(target, rel=0.1)
     assert float(value) == pytest.approx(coefficient, rel=0.15)
     assert float(tuned(torch.tensor(1e-4), torch.tensor(0.0), 1.0)) == pytest.approx(1e-4)
+
+
+def test_real_actions_on_the_edge_have_a_likelihood_too() -> None:
+    at = Policy(torch.zeros(3, 1), torch.ones(1), squashed=True)
+    value = log_likelihood(at, torch.tensor([[1.0], [-1.0], [INSIDE]]))
+    assert value.isfinite().all()
+    assert float(value[0]) == float(value[1]) == float(value[2])
+    inner = torch.tensor([[0.99999]])  # what generated actions were given is what it was
+    expected = torch.distributions.Normal(0.0, 1.0).log_prob(inner.atanh())
+    torch.testing.assert_close(log_likelihood(at, inner.expand(3, 1))[0], expected[0, 0])
 
 
 def test_likelihood_by_hand() -> None:
@@ -253,6 +282,25 @@ def test_windows_that_fit_nowhere_name_the_longest() -> None:
         window_starts(episodes([10, 20, 19], [True, False, True]), 32, 8)
     starts, _ = window_starts(episodes([10, 20, 19], [True, False, True]), 19, 8)
     assert starts.tolist() == [10, 30, 30]  # 19 rows, every 8th: the terminating one twice
+
+
+def test_a_truncated_episode_needs_one_row_more() -> None:
+    buffer = episodes([8, 8, 8, 40], [False] * 4)
+    starts, dropped = window_starts(buffer, 8, 1)
+    assert int(starts.min()) == 24 and dropped == pytest.approx(24 / 64)
+    buffer = episodes([8, 9, 8, 7, 40], [True, False, False, True, True])
+    starts, dropped = window_starts(buffer, 8, 1)
+    assert {0, 8} <= set(starts.tolist()) and dropped == pytest.approx(15 / 72)
+
+
+def test_windows_that_terminate_are_listed_once_as_published() -> None:
+    buffer = episodes([40, 40], [True, False])
+    starts, _ = window_starts(buffer, 8, 2, repeat=False)
+    assert len(starts) == len(set(starts.tolist()))
+    ours, _ = window_starts(buffer, 8, 2)
+    assert sorted(set(ours.tolist())) == starts.tolist()
+    assert ours.tolist().count(32) == 4
+    assert made(buffer, repeat_endings=False).starts.tolist() == starts.tolist()
 
 
 @pytest.mark.parametrize(("length", "stride"), [(8, 1), (8, 2), (32, 8)])
@@ -399,7 +447,7 @@ def test_generation_leaves_the_training_s_noise_and_data_alone() -> None:
     untouched = copy.deepcopy(buffer.state())
     noise = torch.default_generator.get_state()
     weights = {k: v.clone() for k, v in agent.base.state_dict().items()}
-    for name in ("unguided", "guided"):
+    for name in (*["unguided"] * 3, "guided"):  # tuned at the first block of a regeneration
         stage(agent, name)
         agent.sample(buffer)
     assert torch.equal(noise, torch.default_generator.get_state())
@@ -441,9 +489,57 @@ def test_a_denoiser_of_another_window_is_refused() -> None:
     assert torch.equal(agent.codec.mean, kept)  # its own statistics, not the data's
 
 
+@pytest.mark.parametrize(
+    ("field", "values"),
+    [
+        ("window", (1, 0, 9)), ("stride", (0,)), ("windows", (0,)), ("synthesis_updates", (0,)),
+        ("coefficient", (-1.0, math.nan)), ("spread", (-0.1,)),
+        ("refresh_fraction", (0.0, 1.5, math.nan)), ("real_fraction", (-0.1, 1.1, math.nan)),
+    ],
+)  # fmt: skip
+def test_values_out_of_range_are_refused(field: str, values: tuple[Any, ...]) -> None:
+    for value in values:
+        with pytest.raises(UserError, match=f"agent.{field} .*give "):
+            made(**{field: value})
+    made(real_fraction=0.0, refresh_fraction=1.0, stride=1, windows=1, synthesis_updates=1)
+    made(real_fraction=1.0, window=2)
+
+
+def test_long_windows_are_refused_before_a_network_is_built() -> None:
+    with pytest.raises(UserError, match="windows of up to 8 rows; give --agent.network unet"):
+        made(window=2000)  # layers of 14,000 x 14,000
+    with pytest.raises(UserError, match="at least 4 rows for network unet"):
+        made(network="unet", width=8, window=3)
+    with pytest.raises(UserError, match="longest usable window has 39"):
+        made(episodes([40, 40], [False, False]), network="unet", width=8, window=2000)
+    agent = made(network="unet", width=8, window=4)
+    assert agent.run(agent.generate, 2, False).shape == (2, 4, OBS + ACTION + 2)
+
+
+@pytest.mark.parametrize("name", ["synther", "mopo"])
+def test_other_generators_check_their_mixture_too(name: str) -> None:
+    with pytest.raises(UserError, match="agent.real_fraction 1.5: give a share"):
+        agents.get(name)(BOX, ACTIONS, agents.get(name).Config(real_fraction=1.5))
+
+
+def test_the_strength_is_tuned_once_per_generation(monkeypatch: pytest.MonkeyPatch) -> None:
+    buffer = episodes([40, 40], [False, False])
+    agent = made(buffer, spread=0.3, refresh_fraction=0.67)
+    tuned_at: list[int] = []
+    monkeypatch.setattr(agent, "tune", lambda: tuned_at.append(agent.synthetic.blocks))
+    again = 0
+    for leg in agent.stages(task(30_000)):
+        stage(agent, leg.name)
+        again += leg.name == "guided"
+        for _ in range(0 if leg.counted or leg.name == "denoiser" else leg.updates):
+            agent.sample(buffer)
+    assert again == 2 and agent.synthetic.blocks == 3 + 2 * 2
+    assert tuned_at == [4, 6]  # counted from 1: the first block of each regeneration
+
+
 def test_short_episodes_are_said(caplog: pytest.LogCaptureFixture) -> None:
     made(episodes([40, 5, 35], [True, True, True]))
-    assert "6.2 % of the rows lie in episodes shorter than the window of 8 rows" in caplog.text
+    assert "6.2 % of the rows lie in episodes too short for a window of 8 rows" in caplog.text
 
 
 def test_bad_bases_and_spaces_are_refused() -> None:
@@ -458,6 +554,7 @@ def test_presets_read_as_the_spec_s() -> None:
     cpu, gpu, paper = (read(preset=f"pgd.{name}").agent for name in ("td3_bc", "gpu", "paper"))
     assert (paper.width, paper.sampler_steps, paper.churn, paper.windows) == (1024, 256, 80, 8192)
     assert Sampler(paper.sampler_steps, paper.solver, paper.churn).calls == 511
+    assert not paper.repeat_endings and gpu.repeat_endings
     assert (gpu.width, Sampler(gpu.sampler_steps, gpu.solver).calls) == (128, 63)
     assert Sampler(cpu.sampler_steps, cpu.solver).calls == 32
 
