@@ -7,6 +7,7 @@ one. Coordinates that observations omit (the root's x) are 0. Our design where n
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
@@ -175,8 +176,13 @@ def compare(
         moves: transitions replayed per strength.
 
     Raises:
-        UserError: if the runs do not hold what is asked for.
+        UserError: if the runs do not hold what is asked for, or nothing is.
     """
+    if windows < 1 or moves < 1:
+        raise UserError(f"{windows} windows, {moves} moves: give at least 1 of each")
+    for coefficient in coefficients:
+        if not 0 <= coefficient < math.inf:
+            raise UserError(f"coefficient {coefficient:g}: give 0 (unguided) or more")
     agent: Any = runs.load_agent(spec)[0]
     run, tasks = runs.load_agent(spec)[1:]
     codec = getattr(agent, "codec", None)
@@ -196,7 +202,7 @@ def compare(
         with torch.no_grad():
             return report(rows, target.distribution, replay, near, std, moves)
 
-    starts, _ = window_starts(buffer, length + 1, agent.config.stride)
+    starts, _ = window_starts(buffer, length + 1, agent.config.stride, agent.config.repeat_endings)
     real = buffer.windows(windows, length, starts)
     results: dict[str, Any] = {"window": length + 1, "data": asked(_plain(real)), "guided": []}
     results["data"]["paths"] = real["obs"][:PATHS, :, 0].tolist()

@@ -106,6 +106,14 @@ def test_the_script_compares_strengths(
     assert path.stat().st_size > 5000
     assert script.main(["synthetic", found[1]]) == 2
     assert "no run that learnt to generate trajectories" in capsys.readouterr().err
+    for flags, message in (
+        (["--windows", "0"], "0 windows, 2000 moves: give at least 1"),
+        (["--moves", "0"], "256 windows, 0 moves: give at least 1"),
+        (["--coefficients", "0", "-1"], "coefficient -1: give 0 (unguided) or more"),
+        (["--coefficients", "nan"], "coefficient nan: give 0 (unguided) or more"),
+    ):
+        assert script.main(["synthetic", found[0], *flags]) == 2
+        assert message in capsys.readouterr().err
     assert script.main(["cost"]) == 0
     assert "pgd.paper  177656857   511      253952" in capsys.readouterr().out
     result = synthetic_quality.compare(found[0], [0.0, 16.0], None, found[1], 24, 60)
