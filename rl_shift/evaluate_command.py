@@ -6,6 +6,7 @@ import json
 import os
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -18,6 +19,7 @@ if TYPE_CHECKING:
     from rl_shift.agent import Agent
     from rl_shift.config import Task
     from rl_shift.evaluation import Result
+    from rl_shift.metrics import Interval
 
     Results = list[tuple[Task, Result]]  # one entry per task
     Variant = tuple[dict[str, Any], Results]  # evaluation-time values, results
@@ -206,7 +208,11 @@ def _shift(text: str, agent: Agent) -> Any:
 
 
 def paired(first: Variant, second: Variant) -> list[dict[str, Any]]:
-    """Second minus first, episode by episode, with the 95 % interval of the mean, per task."""
+    """Second minus first, episode by episode, with 95 % intervals, per task.
+
+    Of the mean, Student's t; of the lower tails' difference, from redrawn pairs of episodes, as a
+    tail rests on few of them.
+    """
     from rl_shift.evaluation import differences, normalized_spread
     from rl_shift.metrics import mean_interval
 
@@ -218,6 +224,8 @@ def paired(first: Variant, second: Variant) -> list[dict[str, Any]]:
             unit = "D4RL-normalised score"
         _, low, high = mean_interval(difference)
         title = f"{_label(second[0])} minus {_label(first[0])}"
+        tails = _tail_differences(task, before, after)
+        shown = [f"{k} {t[0]:+.2f} [{t[1]:+.2f}, {t[2]:+.2f}]" for k, t in tails.items()]
         lines.append(
             {
                 "task": task.name,
@@ -225,11 +233,32 @@ def paired(first: Variant, second: Variant) -> list[dict[str, Any]]:
                 "unit": unit,
                 "mean": float(difference.mean()),
                 "interval": [float(low), float(high)],
+                "tails": {
+                    name: {"difference": t.value, "interval": [t.low, t.high]}
+                    for name, t in tails.items()
+                },
                 "text": f"{task.name}: {title}: {unit} {difference.mean():+.2f}, 95 % interval "
-                f"[{low:+.2f}, {high:+.2f}] over {difference.size} paired episodes",
+                f"[{low:+.2f}, {high:+.2f}] over {difference.size} paired episodes\n"
+                f"  {', '.join(shown)} (95 % bootstrap intervals of the pairs)",
             }
         )
     return lines
+
+
+def _tail_differences(task: Task, before: Result, after: Result) -> dict[str, Interval]:
+    """CVaR after minus CVaR before, over all episodes, on the scale of the score."""
+    from rl_shift.evaluation import normalized_score
+    from rl_shift.metrics import conditional_value_at_risk, paired_bootstrap_interval
+
+    first, second = after.returns.ravel(), before.returns.ravel()
+    if task.reference_scores is not None:
+        first, second = (normalized_score(x, *task.reference_scores) for x in (first, second))
+    return {
+        f"CVaR {percent} %": paired_bootstrap_interval(
+            first, second, partial(conditional_value_at_risk, fraction=percent / 100)
+        )
+        for percent in TAILS
+    }
 
 
 def _line(task: Task, result: Result, change: Mapping[str, Any], sampled: bool) -> str:

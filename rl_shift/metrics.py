@@ -153,6 +153,38 @@ def bootstrap_interval(
     return stratified_bootstrap_interval(numbers, of_runs, confidence, resamples, seed)
 
 
+def paired_bootstrap_interval(
+    first: ArrayLike,
+    second: ArrayLike,
+    statistic: Statistic,
+    confidence: float = 0.95,
+    resamples: int = 2000,
+    seed: int = 0,
+) -> Interval:
+    """Percentile bootstrap of statistic(first) - statistic(second), pairs redrawn together.
+
+    Args:
+        first: numbers, (n,).
+        second: their partners, (n,), such as returns from the same initial states.
+        statistic: maps (..., n) to (...).
+        confidence: of the interval.
+        resamples: draws of n pairs with replacement.
+        seed: of the draws.
+
+    Raises:
+        ValueError: for unequal shapes.
+    """
+    x, y = np.asarray(first, float), np.asarray(second, float)
+    if x.shape != y.shape:
+        raise ValueError(f"pairs need equal shapes, got {x.shape} and {y.shape}")
+
+    def difference(rows: Floats) -> Floats:
+        chosen = rows.astype(np.int64)
+        return np.asarray(statistic(x[chosen]) - statistic(y[chosen]))
+
+    return bootstrap_interval(np.arange(len(x)), difference, confidence, resamples, seed)
+
+
 def stratified_bootstrap_interval(
     scores: ArrayLike,
     statistic: Statistic,

@@ -383,6 +383,13 @@ def test_compare_evaluation_time_values_of_a_users_own_agent(
     assert change["mean"] == pytest.approx(expected)
     assert change["interval"][0] < expected < change["interval"][1]
     assert none["mean"] == 0.0
+    worst = [np.min(e["returns"]) for e in (first, second)]  # 5 % of eight episodes
+    tail = change["tails"]["CVaR 5 %"]
+    assert tail["difference"] == pytest.approx(worst[1] - worst[0])
+    assert tail["interval"][0] <= tail["difference"] <= tail["interval"][1]
+    assert tail["interval"][0] < tail["interval"][1]
+    assert f"CVaR 5 % {tail['difference']:+.2f} [{tail['interval'][0]:+.2f}, " in out
+    assert "95 % bootstrap intervals of the pairs" in out
     assert [np.mean(e["diagnostics"]["force"]) for e in report["evaluations"]] == [0, 1, 0]
     assert first["risk"]["VaR 5 %"] == first["risk"]["CVaR 5 %"] == np.min(first["returns"])
     assert "CVaR 10 %" in out and "force 1" in out

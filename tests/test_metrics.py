@@ -149,6 +149,20 @@ def test_bootstrap_interval_agrees_with_scipy():
     assert risk.low <= risk.value <= risk.high < values.mean()
 
 
+def test_pairs_are_redrawn_together():
+    luck = np.random.default_rng(3).normal(0, 50, 60)
+    cvar = partial(metrics.conditional_value_at_risk, fraction=0.1)
+    found = metrics.paired_bootstrap_interval(luck + 2, luck, cvar)
+    assert found == pytest.approx((2, 2, 2))  # the luck that both share cancels
+    gained = luck + np.random.default_rng(4).normal(0, 5, 60)
+    first = metrics.paired_bootstrap_interval(gained, luck, cvar)
+    assert first.value == pytest.approx(float(cvar(gained) - cvar(luck)))
+    assert first.low < first.value < first.high
+    assert first == metrics.paired_bootstrap_interval(gained, luck, cvar)  # the same draws
+    with pytest.raises(ValueError, match="equal shapes"):
+        metrics.paired_bootstrap_interval(gained[:3], luck, cvar)
+
+
 def test_bootstrap_interval_covers_the_truth():
     generator = np.random.default_rng(6)
     hits = 0
