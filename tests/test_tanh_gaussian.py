@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from rl_shift import tanh_gaussian
+from rl_shift.agents.cdsa import CDSA
 from rl_shift.errors import UserError
 from rl_shift.score import correct_action, geometric_levels, nearest_level
 
@@ -121,10 +122,12 @@ def test_o6_correcting_a_perturbed_action_raises_its_exact_density(files: list[P
     mean, std = tanh_gaussian.moments(tanh_gaussian.behaviour_policy(path), data["observations"])
     noise = 0.3 * np.random.default_rng(0).normal(size=data["actions"].shape)
     perturbed = np.clip(data["actions"] + noise, -1, 1)
-    sigmas = geometric_levels(0.02, 0.5, 10)
-    levels = [nearest_level(sigmas, sigma) for sigma in (0.2, 0.1, 0.05)]
+    c = CDSA.Config()
+    sigmas = geometric_levels(c.sigma_min, c.sigma_max, c.level_count)
+    levels = [nearest_level(sigmas, sigma) for sigma in c.steps]
     known = torch.from_numpy(np.concatenate([mean, std], -1))
-    moved = correct_action(Oracle(sigmas), known, torch.from_numpy(perturbed), levels, 0.5).numpy()
+    start = torch.from_numpy(perturbed)
+    moved = correct_action(Oracle(sigmas), known, start, levels, c.eta_action).numpy()
     before, after = (tanh_gaussian.log_density(a, mean, std) for a in (perturbed, moved))
     assert (after > before).mean() >= 0.97
 
