@@ -20,7 +20,7 @@ from typing import Any
 
 SECTIONS = (
     "updates", "sampling", "loading", "evaluation", "seeds", "memory", "online", "worlds",
-    "nearest", "latency",
+    "nearest", "latency", "generation",
 )  # fmt: skip
 AGENTS = ("td3_bc", "iql")
 
@@ -59,6 +59,7 @@ def run(args: argparse.Namespace) -> list[Any]:
     """Run the chosen sections in turn, printing each table as soon as it is there."""
     import torch
     from bench_data import evaluation_section, loading_section, memory_section, sampling_section
+    from bench_generation import generation_section
     from bench_latency import latency_section
     from bench_nearest import nearest_section
     from bench_online import online_section
@@ -105,6 +106,7 @@ def run(args: argparse.Namespace) -> list[Any]:
         "worlds": lambda name: worlds_section(**timing),
         "nearest": lambda name: nearest_section(rows=min(args.rows, 500_000), **timing),
         "latency": lambda name: latency_section(**timing),
+        "generation": lambda name: generation_section(modes=modes, levels=levels, **timing),
         "memory": lambda name: memory_section(name, rows=args.rows, modes=modes, progress=say),
     }
     rows = []

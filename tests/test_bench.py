@@ -229,3 +229,29 @@ def test_the_latency_of_corrected_actions_stands_beside_the_base(script: Any) ->
     assert [row.name for row in rows[: len(latency.VARIANTS) + 1]][:2] == ["td3_bc", "cdsa, off"]
     assert len(rows) == 2 * (len(latency.VARIANTS) + 1)
     assert all(row.rates[0] > 0 for row in rows)
+
+
+def test_generation_is_timed_only_where_samples_are_equal(
+    script: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    generation = script("bench_generation")
+    first, second = generation.BATCHES
+    monkeypatch.setattr(generation, "BATCHES", {first: 4, second: 2})
+    rows = generation.generation_section(
+        modes=("off",), levels=("highest", "medium"), rounds=1, seconds=0.01
+    )
+    assert [row.name for row in rows] == [
+        f"{first}, guided, compile=off, highest", f"{first}, guided, compile=off, medium",
+        f"{first}, compile=off, highest", f"{first}, compile=off, medium",
+        f"{second}, compile=off, highest", f"{second}, compile=off, medium",
+    ]  # fmt: skip
+    assert {row.unit for row in rows} == {"windows/s", "transitions/s"}
+    assert all(row.rates[0] > 0 for row in rows)
+
+    class Wrong(torch.nn.Module):
+        def forward(self, x: Any, sigma: Any) -> Any:
+            return 0.9 * x / (1 + sigma.square())
+
+    monkeypatch.setattr(torch, "compile", lambda module, **flags: Wrong())
+    with pytest.raises(AssertionError, match="not timed"):
+        generation.candidates_of(first, ("off", "on"), ("highest",))
