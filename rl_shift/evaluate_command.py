@@ -3,14 +3,13 @@
 from __future__ import annotations
 
 import json
-import os
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from rl_shift import config
+from rl_shift import atomic, config
 from rl_shift.commands import existing_run, limit_torch
 from rl_shift.errors import UserError
 from rl_shift.options import Parser, options_of, split
@@ -69,7 +68,7 @@ def evaluate(argv: list[str]) -> int:
     settings = EvaluationSettings(**(parser.defaults() | values))
     spec = words[0]
     requested = _requested(spec, own, settings.compare)
-    _check_writable(settings.json)
+    _check(settings)
     limit_torch(settings.threads)
     variants = [(change, evaluated(spec, change, settings)) for change in requested]
     for change, results in variants:
@@ -81,7 +80,8 @@ def evaluate(argv: list[str]) -> int:
     for line in [line for pair in pairs for line in pair]:
         print(line["text"])
     if settings.json is not None:
-        _write(Path(settings.json), _report(spec, settings, variants, pairs))
+        report = json.dumps(_report(spec, settings, variants, pairs), indent=1)
+        atomic.write_text(Path(settings.json), report + "\n", "choose another --json")
     if settings.video is not None:
         _film(spec, requested[0], settings)
     return 0
@@ -199,9 +199,8 @@ def _shift(text: str, agent: Agent) -> Any:
     from rl_shift.envs.shift import with_state_std
 
     for part in agent.contained():
-        std = part.normalizer.std.reshape(-1, *part.normalizer.std.shape[-1:])[
-            0
-        ]  # equal over seeds
+        std = part.normalizer.std
+        std = std[0] if std.dim() > 1 else std  # equal over seeds
         if std.dim() == 1 and not bool((std == 1).all()):
             return with_state_std(text, std.tolist())
     return text
@@ -210,19 +209,24 @@ def _shift(text: str, agent: Agent) -> Any:
 def paired(first: Variant, second: Variant) -> list[dict[str, Any]]:
     """Second minus first, episode by episode, with 95 % intervals, per task.
 
-    Of the mean, Student's t; of the lower tails' difference, from redrawn pairs of episodes, as a
-    tail rests on few of them.
+    Of the mean, Student's t over the episodes of one policy, or over the means of several seeds,
+    whose episodes are not independent; of the lower tails' difference, from redrawn pairs of
+    episodes, as a tail rests on few of them.
     """
     from rl_shift.evaluation import differences, normalized_spread
     from rl_shift.metrics import mean_interval
 
     lines = []
     for (task, before), (_, after) in zip(first[1], second[1], strict=True):
-        difference, unit = differences(after, before).ravel(), "return"
+        difference, unit = differences(after, before), "return"
         if task.reference_scores is not None:
             difference = normalized_spread(difference, *task.reference_scores)
             unit = "D4RL-normalised score"
-        _, low, high = mean_interval(difference)
+        seeds, episodes = difference.shape
+        _, low, high = mean_interval(difference.mean(1) if seeds > 1 else difference)
+        over = f"{episodes} paired episodes"
+        if seeds > 1:
+            over = f"the means of {seeds} seeds, {over} each"
         title = f"{_label(second[0])} minus {_label(first[0])}"
         tails = _tail_differences(task, before, after)
         shown = [f"{k} {t[0]:+.2f} [{t[1]:+.2f}, {t[2]:+.2f}]" for k, t in tails.items()]
@@ -238,7 +242,7 @@ def paired(first: Variant, second: Variant) -> list[dict[str, Any]]:
                     for name, t in tails.items()
                 },
                 "text": f"{task.name}: {title}: {unit} {difference.mean():+.2f}, 95 % interval "
-                f"[{low:+.2f}, {high:+.2f}] over {difference.size} paired episodes\n"
+                f"[{low:+.2f}, {high:+.2f}] over {over}\n"
                 f"  {', '.join(shown)} (95 % bootstrap intervals of the pairs)",
             }
         )
@@ -334,13 +338,12 @@ def _report(
     }
 
 
-def _check_writable(path: str | None) -> None:
-    """Before the episodes are played, not after."""
-    if path is not None and not os.access(Path(path).absolute().parent, os.W_OK):
-        raise UserError(f"cannot write --json {path}: its folder is missing or not writable")
-
-
-def _write(path: Path, report: Mapping[str, Any]) -> None:
-    partial = path.with_name(f".{path.name}.{os.getpid()}.partial")
-    partial.write_text(json.dumps(report, indent=1) + "\n", encoding="utf-8")
-    os.replace(partial, path)
+def _check(settings: EvaluationSettings) -> None:
+    """Refuses before the episodes are played, not after."""
+    for name in ("episodes", "lanes", "threads"):
+        if getattr(settings, name) < 1:
+            raise UserError(f"--{name} must be at least 1, not {getattr(settings, name)}")
+    if not 0 <= settings.seed < 2**64:
+        raise UserError(f"--seed must lie in [0, 2**64), not {settings.seed}")
+    if settings.json is not None:
+        atomic.check_writable(Path(settings.json), "choose another --json")

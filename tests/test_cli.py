@@ -258,7 +258,6 @@ def test_train_then_resume_then_evaluate(
     assert np.shape(evaluation["returns"]) == (1, 3)
     assert cli.main(["evaluate", run_dir, "--agent.alpha", "1"]) == 2
     assert "evaluation-time fields: none" in capsys.readouterr().err
-    assert cli.main([*argv[:-1], str(tmp_path / "no" / "r.json")]) == 2
 
 
 def test_config_yaml_reproduces_the_run(run_dir: str, tmp_path: Path) -> None:
@@ -381,7 +380,10 @@ def test_compare_evaluation_time_values_of_a_users_own_agent(
     expected = np.mean(second["returns"]) - np.mean(first["returns"])
     change, none = report["differences"]
     assert change["mean"] == pytest.approx(expected)
-    assert change["interval"][0] < expected < change["interval"][1]
+    means = [np.mean(e["returns"], axis=1) for e in (first, second)]
+    half = 12.7062 * np.std(means[1] - means[0], ddof=1) / np.sqrt(2)  # t of one degree of freedom
+    assert change["interval"] == pytest.approx([expected - half, expected + half], rel=1e-4)
+    assert "over the means of 2 seeds, 4 paired episodes each" in out
     assert none["mean"] == 0.0
     worst = [np.min(e["returns"]) for e in (first, second)]  # 5 % of eight episodes
     tail = change["tails"]["CVaR 5 %"]
@@ -397,6 +399,20 @@ def test_compare_evaluation_time_values_of_a_users_own_agent(
     assert "evaluation-time fields: force" in capsys.readouterr().err
     assert cli.main(["evaluate", "run", "--compare", "force=1"]) == 2
     assert "FIELD=A,B" in capsys.readouterr().err
+    Path("folder").mkdir()
+    for flag, value, said in (
+        ("--lanes", "0", "at least 1"),
+        ("--threads", "0", "at least 1"),
+        ("--episodes", "0", "at least 1"),
+        ("--seed", "-3", "must lie in"),
+        ("--json", "folder", "it is a folder"),
+        ("--json", "pusher.py/r.json", "cannot write"),
+    ):
+        assert cli.main(["evaluate", "run", flag, value]) == 2
+        assert said in capsys.readouterr().err
+    argv = ["data", "collect", "--policy", "random", "--env", "Pendulum-v1", "--steps", "5"]
+    assert cli.main([*argv, "--out", "a.hdf5", "--seed", "-1"]) == 2
+    assert "--seed must lie in" in capsys.readouterr().err
     sys.modules.pop("pusher")
 
 
