@@ -7,7 +7,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from rl_shift import agents, config
+from rl_shift import agents, config, config_source
 from rl_shift.errors import UserError, nearest
 from rl_shift.options import Parser, options_of, split, taken
 
@@ -121,7 +121,8 @@ def _train_help(name: str | None, preset: str | None, paths: list[str]) -> None:
     config_class = None
     layers = config.layers_of(preset, paths)
     if name or preset or any("agent_name" in data for _, data in layers):
-        config_class = config.config_class_of(config.chosen_agent(name, preset, layers))
+        agent = config.chosen_agent(name, preset, layers)
+        config_class = config_source.config_class(agent) or config.config_class_of(agent)
     known = ", ".join(agents.names())
     parser = config.run_parser(config_class, usage=TRAIN_USAGE, description=TRAIN_TEXT)
     add = parser.parser.add_argument

@@ -8,6 +8,7 @@ import inspect
 import re
 import typing
 from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from typing import Any, Literal, NoReturn, TypeVar
 
@@ -285,9 +286,12 @@ def _closest(word: str, known: Iterable[str]) -> str:
 
 
 def _comments(cls: type) -> dict[str, str]:
-    """The comment behind each field, which says what it means and where it comes from."""
-    try:
-        source = inspect.getsource(cls)
-    except (OSError, TypeError):
-        return {}
-    return {m[1]: m[2].strip() for m in re.finditer(r"^\s+(\w+)\s*:.*?#\s*(.+)$", source, re.M)}
+    """The comment behind each field, inherited ones too: what it means, where it comes from."""
+    found: dict[str, str] = {}
+    for kind in reversed([one for one in cls.__mro__ if dataclasses.is_dataclass(one)]):
+        with suppress(OSError, TypeError):
+            source = inspect.getsource(kind)
+            found |= {
+                m[1]: m[2].strip() for m in re.finditer(r"^\s+(\w+)\s*:.*?#\s*(.+)$", source, re.M)
+            }
+    return found

@@ -15,8 +15,9 @@ import h5py
 import numpy as np
 import pytest
 
-from rl_shift import cli
+from rl_shift import agents, cli, config_source
 from rl_shift.commands import train
+from rl_shift.options import options_of
 
 HEAVY = ("torch", "numpy", "gymnasium", "jsonargparse", "yaml", "h5py")
 FEW = ["--log-every", "5", "--eval-every", "0", "--eval-episodes", "2", "--eval-lanes", "2"]
@@ -41,13 +42,21 @@ def test_importing_the_command_leaves_heavy_packages_alone() -> None:
 def test_listing_agents_and_presets_leaves_torch_alone(capsys: pytest.CaptureFixture[str]) -> None:
     code = (
         "import sys; from rl_shift.cli import main; main(['list', 'agents']); "
-        "main(['list', 'presets']); main(['train', '--help']); print('torch' in sys.modules)"
+        "main(['list', 'presets']); main(['train', '--help']); "
+        "main(['train', 'cdsa', '--help']); print('torch' in sys.modules)"
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert done.stdout.strip().endswith("False")
     assert "td3_bc.gym_mujoco" in done.stdout
     assert "validated: " in done.stdout
-    assert "Behaviour cloning" in done.stdout
+    assert "Behaviour cloning" in done.stdout and "--agent.sigma_min" in done.stdout
+
+
+@pytest.mark.parametrize("name", agents.names())
+def test_help_shows_the_fields_of_the_real_agent(name: str) -> None:
+    bare = config_source.config_class(name)
+    assert bare is not None and bare.__module__ != agents.get(name).Config.__module__
+    assert options_of(bare) == options_of(agents.get(name).Config)
 
 
 def test_help_answers_within_half_a_second() -> None:
