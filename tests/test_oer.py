@@ -330,7 +330,7 @@ def test_a_task_without_a_head_is_played_by_one_that_fits_or_refused() -> None:
         ({"coefficient": -1.0}, "must not be negative"),
         ({"reach": 0.0}, "agent.reach 0 lets no roll-out go on"),
         ({"reach": -1.0}, "agent.reach -1 lets"),
-        ({"reach": float("nan")}, "agent.reach nan lets"),
+        ({"reach": float("nan")}, "reach must be a number, not nan"),
         ({"roll_outs": 0}, "agent.roll_outs and agent.horizon must be 1 or more"),
         ({"horizon": 0}, "agent.roll_outs and agent.horizon must be 1 or more"),
         ({"selector": "mebs"}, "'mebs' is none of mbes"),
