@@ -160,3 +160,21 @@ def test_lives() -> None:
         assert printed == pytest.approx(third, abs=1.1e-3), (kind, agent)
         seen += 1
     assert seen >= 17
+
+
+# ---- fine-tuning -------------------------------------------------------------------------------
+
+
+def test_fine_tuning() -> None:
+    names = {"none": "none.0", "kl, c = 1": "kl.1", "ewc, c = 100": "ewc.100", "bc, c = 1": "bc.1"}
+    names["memory, share 0.1"] = "memory.0"
+    seen = 0
+    for name, seeds, whole, far in rows("| keep | seeds | return on the whole task"):
+        if int(seeds) < 2:
+            continue
+        runs = [f"finetune/{names[name]}.{s}" for s in range(int(seeds))]
+        check(whole, [float(np.mean(raw(run)["last"]["returns"])) for run in runs], digits=0)
+        last = [raw(f"{run}.far")["evaluations"][0]["returns"] for run in runs]
+        check(far, [float(np.mean(returns)) for returns in last], digits=0)
+        seen += 1
+    assert seen >= 4
