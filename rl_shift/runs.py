@@ -357,7 +357,7 @@ def _prepared(folder: Path, run: RunConfig) -> Iterator[None]:
         if not any([*folder.glob("checkpoints/*"), *folder.glob("seed*/checkpoints/*")]):
             if fresh:
                 shutil.rmtree(folder, ignore_errors=True)
-            elif aside.is_dir():
+            elif aside.is_dir():  # in a folder that was empty, results.json says what failed
                 for entry in folder.iterdir():
                     if entry.name not in _STAYS:
                         shutil.rmtree(entry) if entry.is_dir() else entry.unlink()
