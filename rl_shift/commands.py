@@ -151,10 +151,22 @@ def existing_run(spec: str) -> Path:
 
 
 def limit_torch(threads: int) -> None:
-    """Torch's own thread count; the BLAS libraries got theirs before they were loaded."""
+    """Torch's own thread count; the BLAS libraries got theirs before they were loaded.
+
+    Raises:
+        UserError: fewer than one thread.
+    """
+    if threads < 1:
+        raise UserError(f"--threads must be at least 1, not {threads}")
     import torch
 
     torch.set_num_threads(threads)
+
+
+def check_seed(seed: int) -> None:
+    """Refuses what `rl_shift.seeding` makes no generator of, as a mistake on the command line."""
+    if not 0 <= seed < 2**64:
+        raise UserError(f"--seed must lie in [0, 2**64), not {seed}")
 
 
 # ---- list --------------------------------------------------------------------------------------

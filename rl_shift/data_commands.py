@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
-from rl_shift.commands import limit_torch
+from rl_shift.commands import check_seed, limit_torch
 from rl_shift.errors import UserError, nearest
 from rl_shift.options import asked, split
 
@@ -252,10 +252,7 @@ def _collect(argv: list[str]) -> int:
     out = Path(settings.out)
     if out.suffix not in (".hdf5", ".h5"):
         raise UserError(f"--out {out} must end in .hdf5 or .h5, which datasets are found by")
-    if not 0 <= settings.seed < 2**64:
-        raise UserError(f"--seed must lie in [0, 2**64), not {settings.seed}")
-    if settings.threads < 1:
-        raise UserError(f"--threads must be at least 1, not {settings.threads}")
+    check_seed(settings.seed)
     if out.exists() and not settings.overwrite:
         raise UserError(f"--out {out} exists: choose another name, or give --overwrite true")
     limit_torch(settings.threads)

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from rl_shift import atomic, config
-from rl_shift.commands import existing_run, limit_torch
+from rl_shift.commands import check_seed, existing_run, limit_torch
 from rl_shift.errors import UserError
 from rl_shift.options import Parser, options_of, split
 
@@ -340,10 +340,9 @@ def _report(
 
 def _check(settings: EvaluationSettings) -> None:
     """Refuses before the episodes are played, not after."""
-    for name in ("episodes", "lanes", "threads"):
+    for name in ("episodes", "lanes"):
         if getattr(settings, name) < 1:
             raise UserError(f"--{name} must be at least 1, not {getattr(settings, name)}")
-    if not 0 <= settings.seed < 2**64:
-        raise UserError(f"--seed must lie in [0, 2**64), not {settings.seed}")
+    check_seed(settings.seed)
     if settings.json is not None:
         atomic.check_writable(Path(settings.json), "choose another --json")

@@ -13,7 +13,7 @@ import gymnasium
 import numpy as np
 import torch
 
-from rl_shift import seeding
+from rl_shift import atomic, seeding
 from rl_shift.envs import make_env
 from rl_shift.errors import UserError
 
@@ -121,16 +121,9 @@ def _writer(path: Path, first: np.ndarray[Any, Any], frames: int) -> Iterator[An
     except ImportError as error:
         raise UserError('a video needs moviepy: pip install "rl_shift[video]"') from error
     height, width = (n - n % 2 for n in first.shape[:2])  # the codec wants even numbers
-    partial = path.with_name(f".{path.stem}.partial.mp4")
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
+    with atomic.replacing(path, "choose another folder") as partial:
         writer = FFMPEG_VideoWriter(str(partial), (width, height), frames, logfile=None)
         try:
             yield lambda frame: writer.write_frame(frame[:height, :width])
         finally:
             writer.close()
-        partial.replace(path)
-    except OSError as error:
-        raise UserError(f"cannot write {path}: {' '.join(str(error).split())[:160]}") from error
-    finally:
-        partial.unlink(missing_ok=True)
