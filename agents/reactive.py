@@ -75,6 +75,8 @@ class Reactive(Wrapper):
         react_steps: int = 10_000  # env steps over which it decays
         react_explore: bool = False  # dqn: begin epsilon anew; ppo: uniform policy; ours, off
         react_forget: bool = False  # replay: draw only rows since the detection; ours, off
+        react_fall: float = 0.0  # these two wait, react_steps at most, until the reward has fallen
+        # by so many of the detector's std; 0: at once; ours
 
     stackable = False  # running statistics and detector belong to one life
     limits: ClassVar[Mapping[str, tuple[float, float]]] = {
@@ -88,6 +90,7 @@ class Reactive(Wrapper):
         "recent_rows": (1, math.inf),
         "react_beta": (0, math.inf),
         "react_steps": (1, math.inf),
+        "react_fall": (0, math.inf),
     }
 
     def __init__(
@@ -112,7 +115,9 @@ class Reactive(Wrapper):
         self.statistics = RunningStatistics(self.normalizer.mean.shape)
         self.spread = torch.nn.ModuleDict({k: RunningStatistics() for k in SIGNALS})
         self.detectors = {k: Detector(c.fast_rate, c.slow_rate, c.threshold) for k in SIGNALS}
+        self.fall = Detector(c.fast_rate, c.slow_rate, c.react_fall)  # of minus the reward
         self.since = torch.tensor(float("inf"))  # env steps since the last detection
+        self.pending = torch.zeros(())  # 1: a detection that has not been reacted to
         self.appended = 0  # rows the ring has taken in
         self.remembered = 0  # how many of them were dropped from replay
         soft = getattr(self.base.config, "temperature", 0) > 0  # it explores by this, always
@@ -159,12 +164,16 @@ class Reactive(Wrapper):
         extrinsic = (1 - beta - c.beta_reward) * reward
         return beta * r["state"] + c.beta_reward * r["reward"] + extrinsic
 
-    def watch(self, errors: Batch, repeats: float = 1.0) -> Metrics:
-        """Detectors on the newest errors in time order."""
+    def watch(self, errors: Batch, reward: Tensor, repeats: float = 1.0) -> Metrics:
+        """Detectors on the newest errors and rewards in time order."""
         scores = {k: self.detectors[k].update(errors[k], repeats) for k in SIGNALS}
-        steps = len(errors["state"]) / repeats
+        fall = self.fall.update(-reward, repeats)
+        steps = len(reward) / repeats
         self.since = torch.where(self.detected > 0, 0.0, self.since.to(self.detected) + steps)
-        return {"detector/shift_score": torch.stack([*scores.values()]).amax()}
+        waiting = self.pending.to(self.since) * (self.since <= self.config.react_steps)
+        self.pending = torch.maximum(self.detected, waiting)
+        score = torch.stack([*scores.values()]).amax()
+        return {"detector/shift_score": score, "detector/reward_fall": fall}
 
     @property
     def detected(self) -> Tensor:
@@ -172,12 +181,14 @@ class Reactive(Wrapper):
         return torch.stack([self.detectors[k].values["detected"] for k in SIGNALS]).amax()
 
     def react(self) -> None:
-        """The reactions that are switched on, if a detector has just fired."""
+        """The reactions that are switched on, if a detector fired and the reward has fallen."""
         c = self.config
-        if (c.react_explore or c.react_forget) and bool(self.detected > 0):  # one read of a value
+        fallen = self.fall.values["score"] > c.react_fall if c.react_fall else True
+        if (c.react_explore or c.react_forget) and bool(self.pending * fallen):  # one read
             if c.react_explore:
                 self.base.explore_again()  # type: ignore[operator]
             self.remembered = self.appended if c.react_forget else 0
+            self.pending = torch.zeros_like(self.pending)
 
     # ---- learning ----------------------------------------------------------------------------
 
@@ -207,14 +218,16 @@ class Reactive(Wrapper):
 
     def extra_state(self) -> dict[str, Any]:
         """Detectors and reactions."""
-        detectors = {k: d.state() for k, d in self.detectors.items()}
-        return {"detectors": detectors, "since": self.since, "remembered": self.remembered}
+        detectors = {k: d.state() for k, d in self.detectors.items()} | {"fall": self.fall.state()}
+        reactions = {k: getattr(self, k) for k in ("since", "pending", "remembered")}
+        return {"detectors": detectors, **reactions}
 
     def load_extra_state(self, extra: dict[str, Any]) -> None:
         """Take them back."""
-        for name, detector in self.detectors.items():
+        for name, detector in (self.detectors | {"fall": self.fall}).items():
             detector.load_state(extra["detectors"][name])
-        self.since, self.remembered = extra["since"], extra["remembered"]
+        for name in ("since", "pending", "remembered"):
+            setattr(self, name, extra[name])
 
     def step(self, batch: Batch) -> Metrics:
         """The models on one minibatch: the compiled unit; the base has its own."""
@@ -240,11 +253,12 @@ class Reactive(Wrapper):
         rows, reward, news = self.rows(batch), batch["reward"], "new_" * ("new_reward" in batch)
         errors = self.run(self.errors, rows)
         if news:  # a row is new for all updates of one round
-            stream = self.run(self.errors, self.rows(batch, news))
+            stream, earned = self.run(self.errors, self.rows(batch, news)), batch["new_reward"]
         else:  # the lanes' rows side by side in time order
             lanes = reward.shape if reward.dim() == 2 else (1, -1)
             stream = {k: v.view(lanes).mT.flatten() for k, v in errors.items()}
-        metrics = self.watch(stream, self.base.updates_per_collect if news else 1)
+            earned = reward.view(lanes).mT.flatten()
+        metrics = self.watch(stream, earned, self.base.updates_per_collect if news else 1)
         if self.config.normalize_rewards:
             for key, values in self.intrinsic(stream).items():
                 self.spread[key].update(values)  # type: ignore[operator]

@@ -278,17 +278,17 @@ def test_reactions_follow_a_detection() -> None:
         detector.values["count"] = torch.tensor(1e6)
         detector.values["slow"] = detector.values["fast"] = torch.tensor(1.0)
         detector.values["square"] = torch.tensor(1e-6)
-    agent.watch(calm | {"state": torch.full((1,), 50.0)})
+    agent.watch(calm | {"state": torch.full((1,), 50.0)}, torch.ones(1))
     agent.react()
     assert agent.base.epsilon == 1.0
     assert agent.remembered == 40 and float(agent.since) == 0
     reward = torch.ones(1)
     zero = {k: torch.zeros(1) for k in calm}
     assert float(agent.mixture(reward, zero)) == pytest.approx(0.2)  # beta_state is 0.65
-    agent.watch(calm)
+    agent.watch(calm, torch.ones(1))
     assert float(agent.since) == 1
     for _ in range(99):
-        agent.watch(calm)
+        agent.watch(calm, torch.ones(1))
     assert float(agent.mixture(reward, zero)) == pytest.approx(0.7)
     buffer.extend(ring(agent, 2).take(torch.arange(2)))
     kept = agent.sample(buffer)["index"]
@@ -312,6 +312,34 @@ def test_ppo_explores_anew_once_the_old_policys_actions_are_used(
         )
     agent.update(rollout())
     assert seen == [True, True] and not head.weight.any() and not head.bias.any()
+
+
+def test_with_react_fall_a_detection_waits_for_the_reward_to_fall() -> None:
+    agent = agent_of("ppo", react_explore=True, react_fall=2.0, react_steps=100)
+    head = agent.base.actor_critic.head.linear
+    calm = {k: torch.ones(1) for k in ("state", "reward")}
+    surprise = calm | {"state": torch.full((1,), 50.0)}
+    for detector in (*agent.detectors.values(), agent.fall):
+        detector.values["count"] = torch.tensor(1e6)
+        detector.values["slow"] = detector.values["fast"] = torch.tensor(1.0)
+        detector.values["square"] = torch.tensor(1e-2)
+    good, bad = -torch.ones(1), torch.full((1,), -200.0)  # the detector sees minus the reward
+
+    def seen(errors: Any, reward: Any) -> bool:
+        agent.watch(errors, reward)
+        agent.react()
+        return not head.weight.any()
+
+    assert not seen(surprise, good) and agent.pending
+    assert seen(calm, bad) and not agent.pending  # the reward fell soon after
+    torch.nn.init.ones_(head.weight)
+    assert not seen(calm, bad)  # a fall alone is no reason
+    agent.detectors["state"].values["score"] = torch.zeros(())
+    agent.fall.values["fast"] = torch.tensor(1.0)
+    assert not seen(surprise, good) and agent.pending
+    for _ in range(101):
+        seen(calm, good)
+    assert not seen(calm, bad) and not agent.pending  # too late
 
 
 # ---- through the trainer ---------------------------------------------------------------------
