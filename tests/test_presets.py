@@ -159,6 +159,21 @@ def test_cql_awac_and_iql() -> None:
     assert (kitchen.expectile, kitchen.beta, kitchen.dropout) == (0.7, 0.5, 0.1)
 
 
+FAMILIES = ("gym_mujoco", "maze2d", "antmaze", "adroit", "kitchen")
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("agent", ["awac", "bc", "cfpi", "cql", "iql", "rebrac", "sac_n", "spl"])
+def test_every_offline_agent_has_a_preset_of_every_family(agent: str, family: str) -> None:
+    run = chosen(f"{agent}.{family}", "some-set")
+    assert run.tasks[0].updates >= 500_000
+    if agent == "spl":  # its learner is set as it is without SPL
+        own = chosen(f"iql.{family}", "some-set")
+        given = dict(run.agent.base_config)
+        assert given == {k: getattr(own.agent, k) for k in given}
+        assert run.tasks[0].reward == own.tasks[0].reward
+
+
 # ---- the mechanism -----------------------------------------------------------------------------
 
 
