@@ -43,11 +43,15 @@ def deep_ope(arguments: argparse.Namespace) -> None:
     from rl_shift.errors import UserError
     from rl_shift.recording import record
 
-    root = os.environ.get("RL_SHIFT_DATA")
-    folder = arguments.policies or (Path(root) / "policies" / "deep_ope" if root else None)
-    if folder is None or not folder.is_dir():
+    roots = [root for root in os.environ.get("RL_SHIFT_DATA", "").split(os.pathsep) if root]
+    asked = [Path(root) / "policies" / "deep_ope" for root in roots]
+    asked = [arguments.policies] if arguments.policies else asked
+    folder = next((path for path in asked if path.is_dir()), None)
+    if folder is None:
+        tried = ", ".join(map(str, asked)) or "RL_SHIFT_DATA is not set"
         raise UserError(
-            f"policy folder {folder} does not exist; give --policies DIR or set RL_SHIFT_DATA"
+            f"no folder of policies ({tried}): give --policies DIR, or set RL_SHIFT_DATA to "
+            "folders of which one has policies/deep_ope"
         )
     for kind in arguments.set or SETS[:3]:
         for env in arguments.env or ENVS:

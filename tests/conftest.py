@@ -30,8 +30,8 @@ def _unlimited_threads_stay_out() -> Iterator[None]:
 
 @pytest.fixture(scope="session")
 def shared_data() -> Path:
-    """The folder of real datasets and policies, `$RL_SHIFT_DATA`; skips where there is none."""
-    value = os.environ.get("RL_SHIFT_DATA")
+    """The first folder of `$RL_SHIFT_DATA`, of real datasets and policies; else skips."""
+    value = os.environ.get("RL_SHIFT_DATA", "").split(os.pathsep)[0]
     if not value:
         pytest.skip("RL_SHIFT_DATA is not set: it names the folder of real datasets and policies")
     folder = Path(value)

@@ -2,6 +2,7 @@
 
 import importlib.util
 import json
+import os
 import sys
 from pathlib import Path
 from types import ModuleType
@@ -268,6 +269,13 @@ def test_deep_ope_sets(
     time = out.stat().st_mtime_ns
     assert script.main() == 0 and out.stat().st_mtime_ns == time
     assert "exists" in capsys.readouterr().out
+    out.rename(out.with_suffix(".first"))
+    (tmp_path / "policies").mkdir()
+    (tmp_path / "policies" / "deep_ope").symlink_to(tmp_path)
+    monkeypatch.setenv("RL_SHIFT_DATA", os.pathsep.join([str(tmp_path / "other"), str(tmp_path)]))
+    monkeypatch.setattr(sys, "argv", command[:-2])
+    assert script.main() == 0 and out.exists()
+    out.unlink()
     monkeypatch.setattr(sys, "argv", [*command[:-1], str(tmp_path / "nowhere"), "--seed", "1"])
     assert script.main() == 2
     assert "--policies DIR" in capsys.readouterr().err
