@@ -114,7 +114,8 @@ def _say_what(run: RunConfig) -> None:
 def _say_where(folder: Path) -> None:
     print(f"run folder: {folder}")
     print(f"evaluate:   rl-shift evaluate {folder}")
-    print(f"go on:      rl-shift train --resume {folder} [--updates N] [--env-steps N]")
+    if len(config.load(folder / "config.yaml").tasks) == 1:  # a sequence ends with its last stage
+        print(f"go on:      rl-shift train --resume {folder} [--updates N] [--env-steps N]")
 
 
 def _train_help(name: str | None, preset: str | None, paths: list[str]) -> None:

@@ -156,6 +156,8 @@ def _report(argv: list[str]) -> int:
         raise UserError("give at least one ID|PATH: rl-shift data report ID|PATH...")
     if min(settings.rows, settings.queries, settings.k) < 1 or settings.radius <= 0:
         raise UserError("--rows, --queries and --k must be at least 1, --radius above 0")
+    check_seed(settings.seed)
+    limit_torch(settings.threads)
     from rl_shift.data_report import report
 
     return report(words, settings)

@@ -92,6 +92,9 @@ def test_the_report_orders_and_draws(tmp_path: Path, in_empty_folder: Path, caps
     wide = made(tmp_path / "wide.hdf5", 0.1)
     assert cli.main(["data", "report", wide, "rl_shift/hopper-replay-v0"]) == 2
     assert "compare datasets of one environment" in capsys.readouterr().err
+    for flag, value in (("--threads", "0"), ("--seed", "-1")):
+        assert cli.main(["data", "report", ids[0], flag, value]) == 2
+        assert flag in capsys.readouterr().err
 
 
 # ---- conversion --------------------------------------------------------------------------------
