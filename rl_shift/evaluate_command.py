@@ -40,6 +40,7 @@ class EvaluationSettings:
     compare: str | None = None  # FIELD=A,B: the same episodes with each value, paired
     json: str | None = None  # also write every return to this file
     video: str | None = None  # folder: also film the first episode of every task and seed
+    video_steps: int = 0  # film so many steps of it at most; 0: all of it
     threads: int = 1  # CPU threads
 
 
@@ -92,8 +93,9 @@ def _film(spec: str, change: Mapping[str, Any], settings: EvaluationSettings) ->
     from rl_shift.video import film
 
     agent, tasks = _loaded(spec, change, settings)
+    folder, steps = Path(str(settings.video)), settings.video_steps
     for task in tasks:
-        for one in film(agent, task, Path(str(settings.video)), settings.seed, settings.sample):
+        for one in film(agent, task, folder, settings.seed, settings.sample, steps):
             print(f"video: {one.path} (return {one.total:.1f} in {one.steps} steps)")
 
 
@@ -346,3 +348,9 @@ def _check(settings: EvaluationSettings) -> None:
     check_seed(settings.seed)
     if settings.json is not None:
         atomic.check_writable(Path(settings.json), "choose another --json")
+    if settings.video_steps < 0:
+        raise UserError(f"--video-steps must be at least 0, not {settings.video_steps}")
+    if settings.video is not None:
+        from rl_shift.video import film_writer
+
+        film_writer()

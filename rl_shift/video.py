@@ -38,7 +38,7 @@ class Film:
 
 
 def film(
-    agent: Agent, task: Task, folder: Path, seed: int = 0, explore: bool = False
+    agent: Agent, task: Task, folder: Path, seed: int = 0, explore: bool = False, steps: int = 0
 ) -> list[Film]:
     """One file per stacked seed: episode 0 of `evaluate` with the same seed.
 
@@ -48,6 +48,7 @@ def film(
         folder: of the files, TASK.mp4 or TASK.seedK.mp4.
         seed: of the evaluation.
         explore: as in training; then the start is that of `evaluate`, but the draws are others.
+        steps: of the episode at most; 0: all of it.
 
     Raises:
         UserError: no way to draw, or moviepy is missing.
@@ -60,12 +61,30 @@ def film(
         name = task.name.replace("/", "-") + (f".seed{k}" if agent.seeds > 1 else "")
         path = folder / f"{name}.mp4"
         with seeding.forked(seeding.child(seed, "evaluation")):
-            total, steps = _play(alone, task, path, seeding.child(seed, "episode", 0), explore)
-        films.append(Film(path, total, steps))
+            start = seeding.child(seed, "episode", 0)
+            total, shown = _play(alone, task, path, start, explore, steps or MAX_STEPS)
+        films.append(Film(path, total, shown))
     return films
 
 
-def _play(agent: Agent, task: Task, path: Path, seed: int, explore: bool) -> tuple[float, int]:
+def film_writer() -> Any:
+    """Moviepy's class that writes frames.
+
+    Raises:
+        UserError: moviepy is missing.
+    """
+    try:
+        from moviepy.video.io.ffmpeg_writer import (  # pyright: ignore[reportMissingImports]
+            FFMPEG_VideoWriter,
+        )
+    except ImportError as error:
+        raise UserError('a video needs moviepy: pip install "rl_shift[video]"') from error
+    return FFMPEG_VideoWriter
+
+
+def _play(
+    agent: Agent, task: Task, path: Path, seed: int, explore: bool, most: int
+) -> tuple[float, int]:
     env = _drawing(task)
     try:
         obs, _ = env.reset(seed=seed)
@@ -75,7 +94,7 @@ def _play(agent: Agent, task: Task, path: Path, seed: int, explore: bool) -> tup
         with _writer(path, first, frames) as write:
             write(first)
             device = agent.normalizer.mean.device
-            while not ended and steps < MAX_STEPS:
+            while not ended and steps < most:
                 rows = torch.from_numpy(np.asarray(obs)[None]).to(device)
                 action = agent.run(agent.act, rows, explore).cpu().numpy()[0]
                 obs, reward, terminated, truncated, info = env.step(action)
@@ -114,15 +133,9 @@ def _drawn(env: gymnasium.Env[Any, Any], task: Task) -> np.ndarray[Any, Any]:
 @contextmanager
 def _writer(path: Path, first: np.ndarray[Any, Any], frames: int) -> Iterator[Any]:
     """A function that takes frames; the file has its name once it is whole."""
-    try:
-        from moviepy.video.io.ffmpeg_writer import (  # pyright: ignore[reportMissingImports]
-            FFMPEG_VideoWriter,
-        )
-    except ImportError as error:
-        raise UserError('a video needs moviepy: pip install "rl_shift[video]"') from error
     height, width = (n - n % 2 for n in first.shape[:2])  # the codec wants even numbers
     with atomic.replacing(path, "choose another folder") as partial:
-        writer = FFMPEG_VideoWriter(str(partial), (width, height), frames, logfile=None)
+        writer = film_writer()(str(partial), (width, height), frames, logfile=None)
         try:
             yield lambda frame: writer.write_frame(frame[:height, :width])
         finally:

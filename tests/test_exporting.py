@@ -212,6 +212,10 @@ def test_a_video_shows_the_first_episode(
     assert made.size == (48, 30) and made.frames[0].shape == (30, 48, 3)
     assert [p.name for p in tmp_path.glob("*.mp4")] == ["data.mp4"]
     assert not list(tmp_path.glob(".*"))
+    assert cli.main([*words, "--video", str(tmp_path), "--video-steps", "5"]) == 0
+    assert len(Writer.made[-1].frames) == 6
+    assert cli.main([*words, "--video", str(tmp_path), "--video-steps", "-1"]) == 2
+    assert "--video-steps must be at least 0" in capsys.readouterr().err
 
 
 def test_the_policy_that_explores_can_be_evaluated_and_filmed(
@@ -259,8 +263,15 @@ def test_what_cannot_be_drawn_says_why(
 
 
 def test_a_video_names_its_extra(
-    policy: TrainedPolicy, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+    policy: TrainedPolicy,
+    run: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    tmp_path: Path,
+    capsys: Told,
 ) -> None:
     monkeypatch.setitem(sys.modules, "moviepy.video.io.ffmpeg_writer", None)
     with pytest.raises(UserError, match=r"rl_shift\[video\]"):
         video.film(policy.agent, policy.task, tmp_path)
+    assert cli.main(["evaluate", str(run), "--episodes", "1", "--video", str(tmp_path)]) == 2
+    told = capsys.readouterr()
+    assert "rl_shift[video]" in told.err and "return" not in told.out  # before any episode
