@@ -14,7 +14,7 @@ import logging
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
 import torch
 from gymnasium.spaces import Space
@@ -117,6 +117,13 @@ class CDSA(Wrapper):
             )
         )
 
+    limits: ClassVar[Mapping[str, tuple[float, float]]] = {
+        **Wrapper.limits,
+        "eta_action": (0, math.inf),
+        "eta_state": (0, math.inf),
+        "weight": (0, math.inf),
+        "gate_quantile": (0, 1),
+    }
     reusable = {"score": ("average", "quantiles", "inverse", "dynamics", "normalizer")}
     SCORE_FIELDS = (
         "mode", "sigma_min", "sigma_max", "level_count", "state_scale", "hidden", "model_hidden",
@@ -166,10 +173,6 @@ class CDSA(Wrapper):
             ("steps", len(c.steps) > 0, "at least one noise scale"),
             ("steps", all(least <= s <= c.sigma_max for s in c.steps), f"values {scales}"),
             ("state_step", used <= c.state_step <= most, f"a value {scales}"),
-            ("eta_action", c.eta_action >= 0, "0 or more"),
-            ("eta_state", c.eta_state >= 0, "0 or more"),
-            ("weight", c.weight >= 0, "0 or more"),
-            ("gate_quantile", 0 <= c.gate_quantile <= 1, "a share between 0 and 1"),
         )
         if c.correction == "off":
             return

@@ -20,7 +20,6 @@ from torch import Tensor
 from rl_shift.agent import Agent, Batch, Metrics, Stage, Wrapper
 from rl_shift.buffer import Buffer, Mixture
 from rl_shift.dynamics import GaussianEnsemble, split_rows
-from rl_shift.errors import check_fields
 from rl_shift.synthetic import Synthetic, described, taking_turns
 
 if TYPE_CHECKING:
@@ -71,8 +70,6 @@ class MOPO(Wrapper):
     ) -> None:
         super().__init__(observation_space, action_space, config, base)
         c = config
-        fits = 0 <= c.real_fraction <= 1
-        check_fields(c, ("real_fraction", fits, "a share between 0 and 1"))
         obs, action = observation_space.shape[0], action_space.shape[0]  # type: ignore[index]
         self.dynamics = GaussianEnsemble(obs, action, c.model_hidden, c.members, c.elites)
         self.optimizer("dynamics", lr=c.learning_rate)

@@ -17,6 +17,7 @@ from __future__ import annotations
 
 import copy
 import logging
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, ClassVar, Literal
@@ -51,6 +52,14 @@ class PGD(Wrapper):
     """
 
     stackable = False  # what is generated belongs to one seed
+    limits: ClassVar[Mapping[str, tuple[float, float]]] = {
+        **Wrapper.limits,
+        "stride": (1, math.inf),
+        "windows": (1, math.inf),
+        "synthesis_updates": (1, math.inf),
+        "coefficient": (0, math.inf),
+        "spread": (0, math.inf),
+    }
     reusable: ClassVar[Mapping[str, tuple[str, ...]]] = {
         "denoiser": ("codec", "behaviour", "averaged")
     }
@@ -137,13 +146,7 @@ class PGD(Wrapper):
         check_fields(
             c,
             ("window", c.window >= least, f"at least {least} rows for network {c.network}"),
-            ("stride", c.stride >= 1, "at least 1 row"),
-            ("windows", c.windows >= 1, "at least 1"),
-            ("synthesis_updates", c.synthesis_updates >= 1, "at least 1 block"),
-            ("coefficient", c.coefficient >= 0, "0 (no guidance) or more"),
-            ("spread", c.spread >= 0, "0 (the coefficient stays) or more"),
             ("refresh_fraction", 0 < c.refresh_fraction <= 1, "a share above 0, at most 1"),
-            ("real_fraction", 0 <= c.real_fraction <= 1, "a share between 0 and 1"),
         )
 
     @staticmethod

@@ -21,7 +21,6 @@ from rl_shift.agent import Agent, Batch, Metrics, Stage, Wrapper
 from rl_shift.buffer import Buffer, Mixture
 from rl_shift.denoisers import ResidualMLP
 from rl_shift.diffusion import EDM, Sampler, Solver
-from rl_shift.errors import check_fields
 from rl_shift.synthetic import Synthetic, described, taking_turns
 from rl_shift.trajectories import TransitionCodec
 
@@ -71,8 +70,6 @@ class SynthER(Wrapper):
     ) -> None:
         super().__init__(observation_space, action_space, config, base)
         c = config
-        fits = 0 <= c.real_fraction <= 1
-        check_fields(c, ("real_fraction", fits, "a share between 0 and 1"))
         obs, action = observation_space.shape[0], action_space.shape[0]  # type: ignore[index]
         self.codec = TransitionCodec(obs, action)
         self.behaviour = EDM(ResidualMLP((sum(self.codec.sizes),), c.width, c.depth))

@@ -95,6 +95,7 @@ class Agent(Learner):
         "collect_every": (1, math.inf),
         "updates_per_collect": (1, math.inf),
         "buffer_capacity": (1, math.inf),
+        "real_fraction": (0, 1),
     }
     reusable: ClassVar[Mapping[str, tuple[str, ...]]] = {}
 

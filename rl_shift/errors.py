@@ -17,7 +17,7 @@ class TrainingDiverged(UserError):
 
 
 def check_fields(config: object, *rules: tuple[str, bool, str]) -> None:
-    """Refuse settings of an agent that are out of range.
+    """Refuse settings of an agent whose range depends on others; fixed ranges: `Agent.limits`.
 
     Args:
         config: the agent's Config.

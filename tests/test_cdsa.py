@@ -318,7 +318,7 @@ def test_what_a_mode_offers(caplog: pytest.LogCaptureFixture) -> None:
 )  # fmt: skip
 def test_values_out_of_range_are_refused(field: str, values: tuple[Any, ...]) -> None:
     for value in values:
-        with pytest.raises(UserError, match=f"agent.{field} .*: give "):
+        with pytest.raises(UserError, match=rf"agent.{field} .*: give |CDSA: {field} must "):
             made(**{field: value})
     made(sigma_max=0.3, steps=(0.3, 0.02), gate_quantile=1.0)
     made(mode="conditional", state_step=0.9)  # nothing uses it

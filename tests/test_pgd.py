@@ -499,7 +499,7 @@ def test_a_denoiser_of_another_window_is_refused() -> None:
 )  # fmt: skip
 def test_values_out_of_range_are_refused(field: str, values: tuple[Any, ...]) -> None:
     for value in values:
-        with pytest.raises(UserError, match=f"agent.{field} .*give "):
+        with pytest.raises(UserError, match=rf"agent.{field} .*give |PGD: {field} must "):
             made(**{field: value})
     made(real_fraction=0.0, refresh_fraction=1.0, stride=1, windows=1, synthesis_updates=1)
     made(real_fraction=1.0, window=2)
@@ -518,7 +518,7 @@ def test_long_windows_are_refused_before_a_network_is_built() -> None:
 
 @pytest.mark.parametrize("name", ["synther", "mopo"])
 def test_other_generators_check_their_mixture_too(name: str) -> None:
-    with pytest.raises(UserError, match="agent.real_fraction 1.5: give a share"):
+    with pytest.raises(UserError, match="real_fraction must lie between 0 and 1, not 1.5"):
         agents.get(name)(BOX, ACTIONS, agents.get(name).Config(real_fraction=1.5))
 
 
