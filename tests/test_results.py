@@ -9,6 +9,7 @@ from typing import Any
 import numpy as np
 import pytest
 
+from rl_shift.life import phases as life_phases
 from rl_shift.metrics import mean_interval
 
 ROOT = Path(__file__).parents[1]
@@ -160,6 +161,18 @@ def test_lives() -> None:
         assert printed == pytest.approx(third, abs=1.1e-3), (kind, agent)
         seen += 1
     assert seen >= 17
+
+
+def test_lives_of_the_cart() -> None:
+    agents = {"ppo": "ppo", "reactive, published": "reactive", "reactive, reacting": "reacting"}
+    for agent, seeds, lifetime, phases in rows("| agent | seeds | lifetime reward per step"):
+        found = lives(f"{agents[agent]}.cartpole")
+        assert len(found) == int(seeds) == 3
+        rewards = [np.asarray(life["reward"]) for life in found]
+        check(lifetime, [float(r.mean()) for r in rewards], digits=2)
+        bounds = life_phases(np.asarray(found[0]["regime"]))[:4]
+        means = np.mean([[r[a:b].mean() for a, b in bounds] for r in rewards], 0)
+        assert [float(x) for x in NUMBER.findall(phases)] == pytest.approx(means, abs=0.051)
 
 
 # ---- fine-tuning -------------------------------------------------------------------------------
