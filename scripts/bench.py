@@ -20,7 +20,7 @@ from typing import Any
 
 SECTIONS = (
     "updates", "sampling", "loading", "evaluation", "seeds", "memory", "online", "worlds",
-    "nearest", "latency", "generation",
+    "nearest", "latency", "generation", "continual",
 )  # fmt: skip
 AGENTS = ("td3_bc", "iql")
 
@@ -58,6 +58,7 @@ def arguments(argv: list[str] | None = None) -> argparse.Namespace:
 def run(args: argparse.Namespace) -> list[Any]:
     """Run the chosen sections in turn, printing each table as soon as it is there."""
     import torch
+    from bench_continual import continual_section
     from bench_data import evaluation_section, loading_section, memory_section, sampling_section
     from bench_generation import generation_section
     from bench_latency import latency_section
@@ -107,6 +108,7 @@ def run(args: argparse.Namespace) -> list[Any]:
         "nearest": lambda name: nearest_section(rows=min(args.rows, 500_000), **timing),
         "latency": lambda name: latency_section(**timing),
         "generation": lambda name: generation_section(modes=modes, levels=levels, **timing),
+        "continual": lambda name: continual_section(modes=modes, **timing),
         "memory": lambda name: memory_section(name, rows=args.rows, modes=modes, progress=say),
     }
     rows = []

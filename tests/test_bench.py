@@ -255,3 +255,18 @@ def test_generation_is_timed_only_where_samples_are_equal(
     monkeypatch.setattr(torch, "compile", lambda module, **flags: Wrong())
     with pytest.raises(AssertionError, match="not timed"):
         generation.candidates_of(first, ("off", "on"), ("highest",))
+
+
+def test_an_update_of_a_sequence_stands_beside_one_of_its_learner(script: Any) -> None:
+    rows = script("bench_continual").continual_section(
+        rows=1000, memory=50, stored=(0, 2), modes=("off",), rounds=1, seconds=0.01
+    )
+    assert [row.name for row in rows] == [
+        "td3_bc, compile=off", "oer, 0 stored tasks, compile=off",
+        "oer, 2 stored tasks, compile=off",
+    ]  # fmt: skip
+    assert all(row.rates[0] > 0 for row in rows)
+    agent = script("bench_continual").after(2, script("bench_continual").Buffer.from_arrays(
+        script("bench_updates").make_arrays(1000)), 50)  # fmt: skip
+    assert {k: len(part) for k, part in agent.memory.parts.items()} == {0: 50, 1: 50}
+    assert agent.kept.current == 2 and agent.stage == "learner"
