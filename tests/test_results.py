@@ -176,6 +176,35 @@ def test_lives_of_the_cart() -> None:
         assert [float(x) for x in NUMBER.findall(phases)] == pytest.approx(means, abs=0.051)
 
 
+# ---- off-policy evaluation ---------------------------------------------------------------------
+
+
+def test_off_policy_evaluation() -> None:
+    found = {name: raw(f"ope/{name}-mixed")["policies"] for name in ("walker2d", "halfcheetah")}
+    for policy, *cells in rows("| policy | walker2d | halfcheetah |"):
+        for cell, policies in zip(cells, found.values(), strict=True):
+            one = policies[int(policy)]
+            assert one["policy"].endswith(f"_online_{policy}.npz")
+            values = [one[k] for k in ("value", "discounted_return", "published_return")]
+            printed = [float(x.replace(",", "")) for x in cell.split("/")]
+            assert printed == pytest.approx(values, abs=0.51)
+    for name, *cells in rows("| ladder | against own episodes"):
+        value, own, given = (
+            np.array([one[k] for one in found[name]])
+            for k in ("value", "discounted_return", "published_return")
+        )
+        ranks = [np.argsort(np.argsort(x)) for x in (value, own, given)]
+        printed = [float(NUMBER.findall(cell)[0]) for cell in cells]
+        best = int(value.argmax())
+        expected = [
+            np.corrcoef(ranks[0], ranks[1])[0, 1], np.abs(value - own).mean(),
+            own.max() - own[best],
+            np.corrcoef(ranks[0], ranks[2])[0, 1], np.abs(5 * value - given).mean(),
+            given.max() - given[best],
+        ]  # fmt: skip
+        assert printed == pytest.approx(expected, abs=0.051)
+
+
 # ---- fine-tuning -------------------------------------------------------------------------------
 
 
