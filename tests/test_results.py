@@ -56,6 +56,17 @@ def test_base_agents() -> None:
     assert seen == 27
 
 
+def test_the_sweep() -> None:
+    seen = 0
+    for name, _, *cells in rows("| set, 20,000 updates | data | BC |"):
+        for agent, cell in zip(("bc", "bc10", "td3_bc", "iql"), cells, strict=True):
+            run = raw(f"sweep/{agent}.{name}")
+            assert run["status"] == "finished" and run["last"]["updates"] == 20_000
+            check(cell, run["last"]["score"])
+            seen += 1
+    assert seen == 36
+
+
 @pytest.mark.parametrize("judge", ["off", "value"])
 def test_corrected_policies(judge: str) -> None:
     agents = {"IQL": "iql", "TD3+BC": "td3_bc"}
