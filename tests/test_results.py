@@ -187,6 +187,19 @@ def test_lives_of_the_cart() -> None:
         assert [float(x) for x in NUMBER.findall(phases)] == pytest.approx(means, abs=0.051)
 
 
+def test_lives_of_the_flipped_cheetah() -> None:
+    agents = {"ppo": "ppo", "reactive, published": "published"}
+    agents["reacting once the reward fell"] = "fall"
+    seen = 0
+    for agent, _, lifetime, phases in rows("| agent on the flipped cheetah | seeds |"):
+        rewards = [np.asarray(x["reward"]) for x in lives(f"{agents[agent]}.cheetah_reward_flip")]
+        check(lifetime, [float(r.mean()) for r in rewards], digits=3)
+        means = np.mean([[part.mean() for part in r[:4500].reshape(3, 1500)] for r in rewards], 0)
+        assert [float(x) for x in NUMBER.findall(phases)] == pytest.approx(means, abs=6e-4)
+        seen += 1
+    assert seen == 3
+
+
 # ---- off-policy evaluation ---------------------------------------------------------------------
 
 
