@@ -115,7 +115,8 @@ class Reactive(Wrapper):
         self.statistics = RunningStatistics(self.normalizer.mean.shape)
         self.spread = torch.nn.ModuleDict({k: RunningStatistics() for k in SIGNALS})
         self.detectors = {k: Detector(c.fast_rate, c.slow_rate, c.threshold) for k in SIGNALS}
-        self.fall = Detector(c.fast_rate, c.slow_rate, c.react_fall)  # of minus the reward
+        if c.react_fall:  # of minus the reward
+            self.detectors["fall"] = Detector(c.fast_rate, c.slow_rate, c.react_fall)
         self.since = torch.tensor(float("inf"))  # env steps since the last detection
         self.pending = torch.zeros(())  # 1: a detection that has not been reacted to
         self.appended = 0  # rows the ring has taken in
@@ -167,13 +168,14 @@ class Reactive(Wrapper):
     def watch(self, errors: Batch, reward: Tensor, repeats: float = 1.0) -> Metrics:
         """Detectors on the newest errors and rewards in time order."""
         scores = {k: self.detectors[k].update(errors[k], repeats) for k in SIGNALS}
-        fall = self.fall.update(-reward, repeats)
+        metrics = {"detector/shift_score": torch.stack([*scores.values()]).amax()}
+        if "fall" in self.detectors:
+            metrics["detector/reward_fall"] = self.detectors["fall"].update(-reward, repeats)
         steps = len(reward) / repeats
         self.since = torch.where(self.detected > 0, 0.0, self.since.to(self.detected) + steps)
         waiting = self.pending.to(self.since) * (self.since <= self.config.react_steps)
         self.pending = torch.maximum(self.detected, waiting)
-        score = torch.stack([*scores.values()]).amax()
-        return {"detector/shift_score": score, "detector/reward_fall": fall}
+        return metrics
 
     @property
     def detected(self) -> Tensor:
@@ -183,7 +185,8 @@ class Reactive(Wrapper):
     def react(self) -> None:
         """The reactions that are switched on, if a detector fired and the reward has fallen."""
         c = self.config
-        fallen = self.fall.values["score"] > c.react_fall if c.react_fall else True
+        fall = self.detectors.get("fall")
+        fallen = fall.values["score"] > fall.threshold if fall else True
         if (c.react_explore or c.react_forget) and bool(self.pending * fallen):  # one read
             if c.react_explore:
                 self.base.explore_again()  # type: ignore[operator]
@@ -218,13 +221,13 @@ class Reactive(Wrapper):
 
     def extra_state(self) -> dict[str, Any]:
         """Detectors and reactions."""
-        detectors = {k: d.state() for k, d in self.detectors.items()} | {"fall": self.fall.state()}
+        detectors = {k: d.state() for k, d in self.detectors.items()}
         reactions = {k: getattr(self, k) for k in ("since", "pending", "remembered")}
         return {"detectors": detectors, **reactions}
 
     def load_extra_state(self, extra: dict[str, Any]) -> None:
         """Take them back."""
-        for name, detector in (self.detectors | {"fall": self.fall}).items():
+        for name, detector in self.detectors.items():
             detector.load_state(extra["detectors"][name])
         for name in ("since", "pending", "remembered"):
             setattr(self, name, extra[name])

@@ -294,6 +294,11 @@ class Agent(Learner):
 
     # ---- state --------------------------------------------------------------------------------
 
+    def enter(self, stage: str) -> None:
+        """Be in the stage of this name, with every agent inside."""
+        for agent in self.contained():
+            agent.stage = stage
+
     def contained(self) -> Iterator[Agent]:
         """This agent and those inside it, this one first."""
         return (a for a in super().contained() if isinstance(a, Agent))

@@ -46,12 +46,15 @@ class DatasetInfo:
     family: str | None = None
 
 
+def roots() -> list[Path]:
+    """The folders that `RL_SHIFT_DATA` names, in this order."""
+    names = os.environ.get("RL_SHIFT_DATA", "").split(os.pathsep)
+    return [Path(name).expanduser() for name in names if name]
+
+
 def folders() -> list[Path]:
-    """The folders that are searched, in this order; `RL_SHIFT_DATA` may name several."""
-    found: list[Path] = []
-    for name in os.environ.get("RL_SHIFT_DATA", "").split(os.pathsep):
-        if name:
-            found += [Path(name).expanduser(), Path(name).expanduser() / "datasets"]
+    """The folders that are searched, in this order."""
+    found = [folder for root in roots() for folder in (root, root / "datasets")]
     if os.environ.get("D4RL_DATASET_DIR"):
         found.append(Path(os.environ["D4RL_DATASET_DIR"]).expanduser())
     found.append(Path.home() / ".d4rl" / "datasets")

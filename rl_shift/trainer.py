@@ -136,8 +136,7 @@ class Trainer:
         stages = self.agent.stages(task)
         for k in range(clock.stage, len(stages)):
             clock.stage, stage = k, stages[k]
-            for agent in self.agent.contained():
-                agent.stage = stage.name
+            self.agent.enter(stage.name)
             self._passed = sum(s.updates for s in stages[:k] if s.name == stage.name)
             yield from self._run_stage(task, stage)
             goes_on = any(s.name == stage.name for s in stages[k + 1 :])
@@ -418,8 +417,7 @@ class Trainer:
 
     def _restore(self, state: Mapping[str, Any]) -> None:
         """Put back what exists only once the task's buffers are open."""
-        for agent in self.agent.contained():
-            agent.stage = state["stage"]
+        self.agent.enter(state["stage"])
         self.agent.focus(self.tasks[self.clock.task])
         if state["buffer"] is not None:
             self.buffer.load_state(state["buffer"])

@@ -36,14 +36,12 @@ def after(tasks: int, buffer: Buffer, memory: int) -> Any:
         )
         agent.begin_task(task, buffer)
         for stage in agent.stages(task):
-            for part in agent.contained():
-                part.stage = stage.name
+            agent.enter(stage.name)
             if k < tasks:
                 agent.update(agent.sample(buffer))
         if k < tasks:
             agent.end_task(task, buffer)
-    for part in agent.contained():
-        part.stage = "learner"
+    agent.enter("learner")
     return agent
 
 

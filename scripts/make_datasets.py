@@ -40,11 +40,11 @@ def policies(env: str, kind: str, folder: Path) -> list[str | Path]:
 
 def deep_ope(arguments: argparse.Namespace) -> None:
     """Makes the missing ones of the chosen sets; finished files are left alone."""
+    from rl_shift.dataset_lookup import roots
     from rl_shift.errors import UserError
     from rl_shift.recording import record
 
-    roots = [root for root in os.environ.get("RL_SHIFT_DATA", "").split(os.pathsep) if root]
-    asked = [Path(root) / "policies" / "deep_ope" for root in roots]
+    asked = [root / "policies" / "deep_ope" for root in roots()]
     asked = [arguments.policies] if arguments.policies else asked
     folder = next((path for path in asked if path.is_dir()), None)
     if folder is None:

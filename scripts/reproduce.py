@@ -69,11 +69,11 @@ def dataset(name: str, steps: int) -> str:
 def make_missing(given: argparse.Namespace) -> None:
     """Roll out the datasets that are in none of the dataset folders."""
     from rl_shift import datasets
+    from rl_shift.dataset_lookup import roots
     from rl_shift.errors import UserError
 
-    folders = [f for f in os.environ.get("RL_SHIFT_DATA", "").split(os.pathsep) if f]
-    os.environ["RL_SHIFT_DATA"] = os.pathsep.join([*folders, str(given.data)])
-    policies = [p for f in folders if (p := Path(f, "policies", "deep_ope")).is_dir()]
+    named = [str(root) for root in roots()]
+    os.environ["RL_SHIFT_DATA"] = os.pathsep.join([*named, str(given.data)])
     script = str(Path(__file__).with_name("make_datasets.py"))
     for name in given.sets:
         try:
@@ -84,7 +84,6 @@ def make_missing(given: argparse.Namespace) -> None:
         env, _, kind = name.partition("-")
         command = [sys.executable, script, "deep-ope", "--env", env, "--set", kind]
         command += [f"--steps={given.steps}", f"--out={given.data}"]
-        command += [f"--policies={policies[0]}"] if policies else []
         if subprocess.run(command, check=False).returncode:
             raise UserError(f"the dataset {name} could not be made, see above")
 

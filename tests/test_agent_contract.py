@@ -272,8 +272,7 @@ def learn(
     updater = Updater(agent, mode)
     with seeding.forked(5):
         for stage in agent.stages(agent.begun[-1]):
-            for inner in agent.contained():
-                inner.stage = stage.name
+            agent.enter(stage.name)
             for _ in range(updates):
                 updater(change(agent.sample(data)))
     assert updater.mode == mode
@@ -414,8 +413,7 @@ def test_an_update_gives_finite_tensors_and_never_waits_for_the_device(
         raise AssertionError("an update reads a value of a tensor: the device must wait for it")
 
     for stage in agent.stages(task):
-        for inner in agent.contained():
-            inner.stage = stage.name
+        agent.enter(stage.name)
         for _ in range(2 * agent.delay):
             batch = agent.sample(data)
             agent.schedule()
@@ -808,8 +806,7 @@ def test_observations_are_normalised_once(name: str) -> None:
     for x in seen:
         assert torch.allclose(x, expected.expand_as(x))
     for stage in agent.stages(task):
-        for inner in agent.contained():
-            inner.stage = stage.name
+        agent.enter(stage.name)
         batch = agent.sample(data)
         seen.clear()
         for key in {"obs", "next_obs"} & batch.keys():

@@ -61,8 +61,7 @@ def made(name: str, buffer: Buffer, ends: Any = None, **changes: Any) -> Any:
 
 
 def stage(agent: Any, name: str) -> None:
-    for inner in agent.contained():
-        inner.stage = name
+    agent.enter(name)
 
 
 # ---- SynthER -----------------------------------------------------------------------------------

@@ -62,8 +62,7 @@ def learn(agent: Any, task: Task, data: Buffer, end: bool = True) -> Any:
     """What the trainer does with a task."""
     agent.begin_task(task, data)
     for stage in agent.stages(task):
-        for inner in agent.contained():
-            inner.stage = stage.name
+        agent.enter(stage.name)
         for _ in range(stage.updates):
             batch = agent.sample(data)
             agent.schedule()
@@ -165,15 +164,13 @@ def test_an_interrupted_selection_goes_on_exactly(kind: Any) -> None:
         with seeding.forked(1):
             agent.begin_task(task, data)
             for stage in agent.stages(task):
-                for inner in agent.contained():
-                    inner.stage = stage.name
+                agent.enter(stage.name)
                 for k in range(stage.updates):
                     if stage.name == "select" and k == stop:
                         state = copy.deepcopy(agent.state())
                         agent = make(kind)
                         agent.load_state(state)
-                        for inner in agent.contained():
-                            inner.stage = stage.name
+                        agent.enter(stage.name)
                     agent.update(agent.sample(data))
                     agent.advance()
             agent.end_task(task, data)
@@ -292,8 +289,7 @@ def test_the_learning_rate_warms_up_in_every_task() -> None:
         data = data_of()
         agent.begin_task(task_of(name), data)
         rates = []
-        for inner in agent.contained():
-            inner.stage = "learner"
+        agent.enter("learner")
         for _ in range(6):
             agent.schedule()
             rates.append(float(agent.optimizers["clone"].param_groups[0]["lr"]))

@@ -52,8 +52,7 @@ def regret(name: str, **settings: Any) -> float:
         agent.begin_task(task, buffer)
         updater = Updater(agent)
         for stage in agent.stages(task):
-            for inner in agent.contained():
-                inner.stage = stage.name
+            agent.enter(stage.name)
             for _ in range(300):
                 updater(agent.sample(buffer))
         obs = torch.rand(500, 2) * 2 - 1

@@ -319,7 +319,7 @@ def test_with_react_fall_a_detection_waits_for_the_reward_to_fall() -> None:
     head = agent.base.actor_critic.head.linear
     calm = {k: torch.ones(1) for k in ("state", "reward")}
     surprise = calm | {"state": torch.full((1,), 50.0)}
-    for detector in (*agent.detectors.values(), agent.fall):
+    for detector in agent.detectors.values():
         detector.values["count"] = torch.tensor(1e6)
         detector.values["slow"] = detector.values["fast"] = torch.tensor(1.0)
         detector.values["square"] = torch.tensor(1e-2)
@@ -335,7 +335,7 @@ def test_with_react_fall_a_detection_waits_for_the_reward_to_fall() -> None:
     torch.nn.init.ones_(head.weight)
     assert not seen(calm, bad)  # a fall alone is no reason
     agent.detectors["state"].values["score"] = torch.zeros(())
-    agent.fall.values["fast"] = torch.tensor(1.0)
+    agent.detectors["fall"].values["fast"] = torch.tensor(1.0)
     assert not seen(surprise, good) and agent.pending
     for _ in range(101):
         seen(calm, good)
