@@ -37,12 +37,15 @@ ANT_DIRECTIONS = (
     3.5688, 0.5174, 3.4243, 0.9988, 4.2522, 0.7444, 2.7960, 5.5794, 5.0094, 0.4271,
     6.0368, 4.1419, 4.5162, 4.6720, 5.5778, 0.8416, 4.8819, 5.2653, 5.2107, 0.1832,
 )  # fmt: skip
-# Members in the order of published sequences. CuGRO's json lists ids 0 to 40 in steps of 10, but
-# its loader multiplies the index by 5.
+# Members in the order of published sequences; `ten` and `four` are ours. CuGRO's json lists ids 0
+# to 40 in steps of 10, but its loader multiplies the index by 5.
 SEQUENCES = {
     "CheetahVel/cugro": (0, 5, 10, 15, 20),
+    "CheetahVel/ten": (0, 4, 8, 12, 16, 20, 24, 28, 32, 36),
     "AntDir/cod-4": (10, 15, 19, 25),
     "AntDir/cod-6": (4, 18, 26, 34, 42, 49),
+    "WalkerRandParams/four": (0, 1, 2, 3),
+    "HopperRandParams/four": (0, 1, 2, 3),
 }
 
 

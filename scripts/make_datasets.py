@@ -16,6 +16,7 @@ ORIGIN = "D4RL-layout data regenerated from Deep OPE policies"
 ENVS = {"hopper": "Hopper-v4", "walker2d": "Walker2d-v4", "halfcheetah": "HalfCheetah-v4"}
 POLICY_FILES = {"hopper": "hopper", "walker2d": "walker", "halfcheetah": "halfcheetah"}
 SETS = ("medium", "expert", "mixed", "medium-expert")
+BODIES = {"WalkerRandParams": "walker2d", "HopperRandParams": "hopper"}  # families of bodies
 # Snapshots whose returns are nearest to D4RL's sets; they share the steps evenly.
 SNAPSHOTS: dict[str, dict[str, tuple[str, ...]]] = {
     "hopper": {"medium": ("3",), "mixed": ("random", "0", "1", "2", "3"), "expert": ("6",)},
@@ -38,14 +39,12 @@ def policies(env: str, kind: str, folder: Path) -> list[str | Path]:
     return [name if name == "random" else folder / f"{stem}_online_{name}.npz" for name in names]
 
 
-def deep_ope(arguments: argparse.Namespace) -> None:
-    """Makes the missing ones of the chosen sets; finished files are left alone."""
+def policy_folder(given: Path | None) -> Path:
+    """Where the npz files of the Deep OPE policies lie."""
     from rl_shift.dataset_lookup import roots
     from rl_shift.errors import UserError
-    from rl_shift.recording import record
 
-    asked = [root / "policies" / "deep_ope" for root in roots()]
-    asked = [arguments.policies] if arguments.policies else asked
+    asked = [given] if given else [root / "policies" / "deep_ope" for root in roots()]
     folder = next((path for path in asked if path.is_dir()), None)
     if folder is None:
         tried = ", ".join(map(str, asked)) or "RL_SHIFT_DATA is not set"
@@ -53,6 +52,14 @@ def deep_ope(arguments: argparse.Namespace) -> None:
             f"no folder of policies ({tried}): give --policies DIR, or set RL_SHIFT_DATA to "
             "folders of which one has policies/deep_ope"
         )
+    return folder
+
+
+def deep_ope(arguments: argparse.Namespace) -> None:
+    """Makes the missing ones of the chosen sets; finished files are left alone."""
+    from rl_shift.recording import record
+
+    folder = policy_folder(arguments.policies)
     for kind in arguments.set or SETS[:3]:
         for env in arguments.env or ENVS:
             out = arguments.out / file_name(env, kind, arguments.steps)
@@ -110,7 +117,7 @@ def mean_return(policy: str | Path, env: str, folder: Path) -> float:
 
 
 def sequence(family: str, name: str | None) -> tuple[int, ...]:
-    """The members of a published sequence of a family."""
+    """The members of a sequence of a family."""
     from rl_shift.envs.families import SEQUENCES
     from rl_shift.errors import UserError
 
@@ -121,17 +128,9 @@ def sequence(family: str, name: str | None) -> tuple[int, ...]:
     return SEQUENCES[f"{family}/{name}"]
 
 
-def family(arguments: argparse.Namespace) -> None:
-    """One goal-conditioned SAC, then random, medium and expert data of every member.
-
-    Medium is the agent after `--medium-steps`. Reference scores: the mean returns of the random
-    policy and of the expert, 20 episodes each.
-    """
-    from rl_shift.recording import record
-
+def goal_conditioned(arguments: argparse.Namespace) -> dict[str, str | Path]:
+    """Medium and expert of a family with goals: one SAC that sees the goal, early and late."""
     name, out = arguments.family, arguments.out
-    members = [*arguments.member, *sequence(name, arguments.sequence)]
-    out.mkdir(parents=True, exist_ok=True)
     medium, expert = out / f"{name}.sac-medium", out / f"{name}.sac-expert"
     trained(medium, name, arguments.medium_steps)
     if not expert.exists():
@@ -140,7 +139,28 @@ def family(arguments: argparse.Namespace) -> None:
         shutil.copytree(medium, copy)
         copy.rename(expert)
     trained(expert, name, arguments.env_steps)
-    policies: dict[str, str | Path] = {"random": "random", "medium": medium, "expert": expert}
+    return {"medium": medium, "expert": expert}
+
+
+def family(arguments: argparse.Namespace) -> None:
+    """Random, medium and expert data of every member.
+
+    Families with goals: from one goal-conditioned SAC. Families of bodies: from the Deep OPE
+    policies of the unchanged body, which walk in most members. Reference scores: the mean returns
+    of the random policy and of the expert, 20 episodes each.
+    """
+    from rl_shift.recording import record
+
+    name, out = arguments.family, arguments.out
+    members = [*arguments.member, *sequence(name, arguments.sequence)]
+    out.mkdir(parents=True, exist_ok=True)
+    body, made_by = BODIES.get(name), "a goal-conditioned SAC of ours"
+    if body:
+        folder, made_by = policy_folder(arguments.policies), "Deep OPE policies of another body"
+        found = {kind: policies(body, kind, folder)[0] for kind in ("medium", "expert")}
+    else:
+        found = goal_conditioned(arguments)
+    qualities: dict[str, str | Path] = {"random": "random", **found}
     summary = out / f"{name}.returns.json"
     table: dict[str, dict[str, float]] = {}
     if summary.is_file():  # of other members, made before
@@ -148,9 +168,9 @@ def family(arguments: argparse.Namespace) -> None:
     for member in members:
         env = f"rl_shift/{name}-{member}-v0"
         if env not in table:
-            table[env] = {k: mean_return(policy, env, out) for k, policy in policies.items()}
+            table[env] = {k: mean_return(policy, env, out) for k, policy in qualities.items()}
         print(env, {k: round(v, 1) for k, v in table[env].items()}, flush=True)
-        for quality, policy in policies.items():
+        for quality, policy in qualities.items():
             path = out / f"rlshift-{name.lower()}-{member}-{quality}-v0.hdf5"
             if path.exists():
                 print(f"{path}: exists", flush=True)
@@ -161,7 +181,7 @@ def family(arguments: argparse.Namespace) -> None:
                 arguments.steps,
                 path,
                 seed=arguments.seed,
-                origin=f"rl_shift: {name}, {quality} policy of a goal-conditioned SAC of ours",
+                origin=f"rl_shift: {name}, {quality} policy of {made_by}",
                 reference_scores=(table[env]["random"], table[env]["expert"]),
             )
     written = summary.with_name(f".{summary.name}.partial")
@@ -181,14 +201,15 @@ def main() -> int:
     command.add_argument("--policies", type=Path, help="default: $RL_SHIFT_DATA/policies/deep_ope")
     command.add_argument("--seed", type=int, default=0)
     command.set_defaults(run=deep_ope)
-    command = commands.add_parser("family", help="members of a family of tasks, from SACs of ours")
-    command.add_argument("family", choices=("CheetahVel", "AntDir"))
+    command = commands.add_parser("family", help="members of a family of tasks")
+    command.add_argument("family", choices=("CheetahVel", "AntDir", *BODIES))
     command.add_argument("--member", action="append", type=int, default=[])
-    command.add_argument("--sequence", help="all members of a published one: cugro, cod-4, cod-6")
+    command.add_argument("--sequence", help="all members of one: cugro, ten, cod-4, cod-6, four")
     command.add_argument("--steps", type=int, default=100_000, help="of each dataset")
     command.add_argument("--medium-steps", type=int, default=80_000, help="env steps until medium")
     command.add_argument("--env-steps", type=int, default=400_000, help="env steps until expert")
     command.add_argument("--out", type=Path, default=Path("datasets"))
+    command.add_argument("--policies", type=Path, help="of families of bodies; see deep-ope")
     command.add_argument("--seed", type=int, default=0)
     command.set_defaults(run=family)
     command = commands.add_parser("replay", help="episodes of a trained run's replay buffer")

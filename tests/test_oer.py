@@ -16,6 +16,7 @@ from rl_shift.agents.er import ER
 from rl_shift.agents.oer import OER
 from rl_shift.buffer import Buffer
 from rl_shift.config import Task
+from rl_shift.envs.families import SEQUENCES
 from rl_shift.errors import UnsupportedSpace, UserError
 from rl_shift.evaluate_command import EvaluationSettings, evaluated
 
@@ -369,6 +370,16 @@ def test_any_agent_may_be_the_learner() -> None:
 
 
 def test_the_presets_are_sequences() -> None:
+    for name, family, order in (
+        ("cheetah_vel", "CheetahVel", "cugro"),
+        ("cheetah_vel_ten", "CheetahVel", "ten"),
+        ("ant_dir", "AntDir", "cod-4"),
+        ("walker_rand_params", "WalkerRandParams", "four"),
+    ):
+        run = config.make(preset=f"oer.{name}")
+        members = SEQUENCES[f"{family}/{order}"]
+        sets = [f"rlshift-{family.lower()}-{k}-expert-v0" for k in members]
+        assert [task.dataset for task in run.tasks] == sets
     for name in ("oer.triplet", "oer.data_incremental"):
         run = config.make(preset=name)
         assert len(run.tasks) == 3

@@ -320,6 +320,28 @@ def test_a_family_from_one_goal_conditioned_agent(
     assert (tmp_path / "rlshift-cheetahvel-9-expert-v0.hdf5").exists()
 
 
+def test_a_family_of_bodies_from_policies_of_the_unchanged_one(
+    script: ModuleType, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for snapshot in ("3", "9"):
+        npz(tmp_path / f"walker_online_{snapshot}.npz", 17, 6)
+    command = ["make_datasets.py", "family", "WalkerRandParams", "--member", "2"]
+    command += ["--steps", "20", "--out", str(tmp_path), "--policies", str(tmp_path)]
+    monkeypatch.setattr(sys, "argv", command)
+    assert script.main() == 0
+    table = json.loads((tmp_path / "WalkerRandParams.returns.json").read_text())
+    assert script.sequence("WalkerRandParams", "four") == (0, 1, 2, 3)
+    made = tmp_path / "rlshift-walkerrandparams-2-medium-v0.hdf5"
+    with h5py.File(made) as file:
+        assert list(file.attrs["policies"]) == ["walker_online_3"]
+        assert "another body" in file.attrs["origin"]
+    found = datasets.resolve(made)
+    assert found.env_id == "rl_shift/WalkerRandParams-2-v0"
+    assert found.reference_scores == pytest.approx(
+        [table["rl_shift/WalkerRandParams-2-v0"][k] for k in ("random", "expert")]
+    )
+
+
 def test_the_genuine_policies(shared_data: Path, tmp_path: Path) -> None:
     policy = shared_data / "policies" / "deep_ope" / "hopper_online_3.npz"
     if not policy.is_file():
