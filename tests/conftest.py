@@ -9,6 +9,7 @@ from rl_shift.cli import limit_threads
 
 limit_threads(1)  # before numpy and torch are imported
 
+import gymnasium  # noqa: E402
 import hypothesis  # noqa: E402
 import pytest  # noqa: E402
 import torch  # noqa: E402
@@ -45,6 +46,29 @@ def in_empty_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     """The current folder is empty, so nothing is written into the checkout."""
     monkeypatch.chdir(tmp_path)
     return tmp_path
+
+
+@pytest.fixture(scope="session")
+def short_pendulum() -> Iterator[str]:
+    """An environment of twenty steps per episode, so that evaluations cost nothing."""
+    name = "ShortPendulum-v0"
+    gymnasium.register(
+        name, "gymnasium.envs.classic_control.pendulum:PendulumEnv", max_episode_steps=20
+    )
+    yield name
+    gymnasium.registry.pop(name)
+
+
+@pytest.fixture(scope="session")
+def pendulum_sets(short_pendulum: str, tmp_path_factory: pytest.TempPathFactory) -> list[str]:
+    """Two datasets of it, 200 random steps each."""
+    from rl_shift.recording import record
+
+    folder = tmp_path_factory.mktemp("data")
+    return [
+        str(record(["random"], short_pendulum, 200, folder / f"random{k}.hdf5", seed=k, lanes=2))
+        for k in (0, 1)
+    ]
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:

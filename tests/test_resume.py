@@ -3,13 +3,11 @@
 import importlib.util
 import json
 import shutil
-from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from types import ModuleType
 from typing import Any
 
-import gymnasium
 import pytest
 import torch
 
@@ -20,27 +18,10 @@ from rl_shift.networks import MLP
 from rl_shift.recording import record
 from rl_shift.trainer import Trainer
 
-ENV = "ResumePendulum-v0"  # twenty steps per episode, so that evaluations cost nothing
+pytestmark = pytest.mark.usefixtures("short_pendulum")
+ENV = "ShortPendulum-v0"
 SMALL = {"agent.hidden": [8], "agent.batch_size": 8}
 FEW = {"eval_episodes": 2, "eval_lanes": 2, "eval_every": 4, "log_every": 3, "save_every": 6}
-
-
-@pytest.fixture(scope="module", autouse=True)
-def _environment() -> Iterator[None]:
-    gymnasium.register(
-        ENV, "gymnasium.envs.classic_control.pendulum:PendulumEnv", max_episode_steps=20
-    )
-    yield
-    gymnasium.registry.pop(ENV)
-
-
-@pytest.fixture(scope="module")
-def datasets(tmp_path_factory: pytest.TempPathFactory) -> list[str]:
-    folder = tmp_path_factory.mktemp("data")
-    return [
-        str(record(["random"], ENV, 200, folder / f"random{seed}.hdf5", seed=seed, lanes=2))
-        for seed in (0, 1)
-    ]
 
 
 class Prepared(Agent):
@@ -213,8 +194,8 @@ def assert_equal(a: Any, b: Any, path: str = "") -> None:
 
 @pytest.mark.parametrize("seeds", [1, 2])
 @pytest.mark.parametrize("agent", ["bc", "td3_bc", "iql"])
-def test_offline(agent: str, seeds: int, datasets: list[str], tmp_path: Path) -> None:
-    task = {"tasks.0.dataset": datasets[0], "tasks.0.updates": 12, "seeds": seeds}
+def test_offline(agent: str, seeds: int, pendulum_sets: list[str], tmp_path: Path) -> None:
+    task = {"tasks.0.dataset": pendulum_sets[0], "tasks.0.updates": 12, "seeds": seeds}
     train(tmp_path / "whole", agent, **task)
     train_and_kill(tmp_path / "killed", 9, agent, **task)
     state = newest(tmp_path / "killed")
@@ -224,8 +205,10 @@ def test_offline(agent: str, seeds: int, datasets: list[str], tmp_path: Path) ->
     assert_same_run(tmp_path / "whole", tmp_path / "killed")
 
 
-def test_10_percent_cloning_finds_its_episodes_again(datasets: list[str], tmp_path: Path) -> None:
-    task = {"tasks.0.dataset": datasets[0], "tasks.0.updates": 12, "agent.fraction": 0.3}
+def test_10_percent_cloning_finds_its_episodes_again(
+    pendulum_sets: list[str], tmp_path: Path
+) -> None:
+    task = {"tasks.0.dataset": pendulum_sets[0], "tasks.0.updates": 12, "agent.fraction": 0.3}
     train(tmp_path / "whole", "bc", **task)
     train_and_kill(tmp_path / "killed", 8, "bc", **task)
     runs.resume(tmp_path / "killed", progress=False)
@@ -247,8 +230,10 @@ def test_online(after: int, lanes: int, tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("agent", "after"), [("sac", 5), ("iql", 8), ("sac", 20)], ids=["offline", "between", "online"]
 )
-def test_offline_to_online(agent: str, after: int, datasets: list[str], tmp_path: Path) -> None:
-    task = {"tasks.0.dataset": datasets[0], "tasks.0.updates": 8, "tasks.0.env_steps": 16}
+def test_offline_to_online(
+    agent: str, after: int, pendulum_sets: list[str], tmp_path: Path
+) -> None:
+    task = {"tasks.0.dataset": pendulum_sets[0], "tasks.0.updates": 8, "tasks.0.env_steps": 16}
     values = {"save_every": 4, "eval_every": 8}
     train(tmp_path / "whole", agent, **task, **values)
     train_and_kill(tmp_path / "killed", after, agent, **task, **values)
@@ -259,10 +244,10 @@ def test_offline_to_online(agent: str, after: int, datasets: list[str], tmp_path
 @pytest.mark.parametrize("seeds", [1, 2])
 @pytest.mark.parametrize("after", [8, 18, 33], ids=["preparing", "training", "second"])
 def test_inside_every_stage_of_two_tasks(
-    after: int, seeds: int, datasets: list[str], tmp_path: Path
+    after: int, seeds: int, pendulum_sets: list[str], tmp_path: Path
 ) -> None:
     """Twelve preparatory and eight counted updates per task."""
-    tasks = {f"tasks.{k}.dataset": datasets[k] for k in (0, 1)}
+    tasks = {f"tasks.{k}.dataset": pendulum_sets[k] for k in (0, 1)}
     tasks |= {f"tasks.{k}.updates": 8 for k in (0, 1)} | {"seeds": seeds, "save_every": 5}
     train(tmp_path / "whole", PREPARED, **tasks)
     train_and_kill(tmp_path / "killed", after, PREPARED, **tasks)
@@ -273,8 +258,8 @@ def test_inside_every_stage_of_two_tasks(
     assert_same_run(tmp_path / "whole", tmp_path / "killed")
 
 
-def test_heads_of_earlier_tasks_are_built_again(datasets: list[str], tmp_path: Path) -> None:
-    tasks = {f"tasks.{k}.dataset": datasets[k] for k in (0, 1)}
+def test_heads_of_earlier_tasks_are_built_again(pendulum_sets: list[str], tmp_path: Path) -> None:
+    tasks = {f"tasks.{k}.dataset": pendulum_sets[k] for k in (0, 1)}
     tasks |= {f"tasks.{k}.updates": 8 for k in (0, 1)}
     agent = f"{__name__}:Headed"
     train(tmp_path / "whole", agent, **tasks)
@@ -290,8 +275,8 @@ def test_heads_of_earlier_tasks_are_built_again(datasets: list[str], tmp_path: P
     assert row[0] != row[1]  # the same initial states, each task with its own head
 
 
-def test_kill_after_kill(datasets: list[str], tmp_path: Path) -> None:
-    task = {"tasks.0.dataset": datasets[0], "tasks.0.updates": 12, "save_every": 2}
+def test_kill_after_kill(pendulum_sets: list[str], tmp_path: Path) -> None:
+    task = {"tasks.0.dataset": pendulum_sets[0], "tasks.0.updates": 12, "save_every": 2}
     train(tmp_path / "whole", "td3_bc", **task)
     train_and_kill(tmp_path / "killed", 3, "td3_bc", **task)
     for after in (5, 5, 9):  # once without any progress
@@ -337,9 +322,9 @@ def load_script(name: str) -> ModuleType:
 
 @pytest.mark.parametrize("agent", ["td3_bc", "iql"])
 def test_a_finished_run_goes_on_as_if_it_had_been_longer(
-    agent: str, datasets: list[str], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    agent: str, pendulum_sets: list[str], tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    task = {"tasks.0.dataset": datasets[0], "eval_every": 3}
+    task = {"tasks.0.dataset": pendulum_sets[0], "eval_every": 3}
     schedule = {"agent.schedule_updates": 6} if agent == "iql" else {}
     train(tmp_path / "whole", agent, **task, **schedule, **{"tasks.0.updates": 12})
     train(tmp_path / "short", agent, **task, **schedule, **{"tasks.0.updates": 6})
@@ -350,10 +335,10 @@ def test_a_finished_run_goes_on_as_if_it_had_been_longer(
 
 
 def test_an_extended_run_keeps_the_first_schedules_final_value(
-    datasets: list[str], tmp_path: Path
+    pendulum_sets: list[str], tmp_path: Path
 ) -> None:
     """`schedule_updates` 0 is the first budget, not the last."""
-    task = {"tasks.0.dataset": datasets[0], "tasks.0.updates": 6}
+    task = {"tasks.0.dataset": pendulum_sets[0], "tasks.0.updates": 6}
     train(tmp_path / "run", "iql", **task)
     before = newest(tmp_path / "run")
     runs.resume(tmp_path / "run", updates=9, progress=False)
@@ -368,8 +353,10 @@ def test_an_extended_run_keeps_the_first_schedules_final_value(
     assert not any(name in frozen for name in module[0] if name.startswith("critic."))
 
 
-def test_a_finished_run_that_is_resumed_stays_as_it_is(datasets: list[str], tmp_path: Path) -> None:
-    task = {"tasks.0.dataset": datasets[0], "tasks.0.updates": 6}
+def test_a_finished_run_that_is_resumed_stays_as_it_is(
+    pendulum_sets: list[str], tmp_path: Path
+) -> None:
+    task = {"tasks.0.dataset": pendulum_sets[0], "tasks.0.updates": 6}
     train(tmp_path / "once", "bc", **task)
     train(tmp_path / "twice", "bc", **task)
     runs.resume(tmp_path / "twice", progress=False)
@@ -377,9 +364,9 @@ def test_a_finished_run_that_is_resumed_stays_as_it_is(datasets: list[str], tmp_
 
 
 def test_an_extended_run_that_is_stopped_keeps_its_new_budget(
-    datasets: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    pendulum_sets: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    task = {"tasks.0.dataset": datasets[0], "save_every": 2}
+    task = {"tasks.0.dataset": pendulum_sets[0], "save_every": 2}
     train(tmp_path / "whole", "bc", **task, **{"tasks.0.updates": 12})
     train(tmp_path / "run", "bc", **task, **{"tasks.0.updates": 4})
     original = Trainer._update
@@ -397,8 +384,8 @@ def test_an_extended_run_that_is_stopped_keeps_its_new_budget(
     assert_same_run(tmp_path / "whole", tmp_path / "run", extended=True)
 
 
-def test_budgets_that_cannot_change(datasets: list[str], tmp_path: Path) -> None:
-    task = {"tasks.0.dataset": datasets[0], "tasks.0.updates": 4, "tasks.0.env_steps": 4}
+def test_budgets_that_cannot_change(pendulum_sets: list[str], tmp_path: Path) -> None:
+    task = {"tasks.0.dataset": pendulum_sets[0], "tasks.0.updates": 4, "tasks.0.env_steps": 4}
     folder = train(tmp_path / "both", "sac", **task)
     with pytest.raises(UserError, match=r"--updates 3 is less than the run's 4"):
         runs.resume(folder, updates=3, progress=False)
@@ -417,8 +404,8 @@ def test_budgets_that_cannot_change(datasets: list[str], tmp_path: Path) -> None
 
 
 @pytest.fixture
-def run_dir(datasets: list[str], tmp_path: Path) -> Path:
-    data = Path(shutil.copy(datasets[0], tmp_path / "data.hdf5"))
+def run_dir(pendulum_sets: list[str], tmp_path: Path) -> Path:
+    data = Path(shutil.copy(pendulum_sets[0], tmp_path / "data.hdf5"))
     return train(tmp_path / "run", "bc", **{"tasks.0.dataset": str(data), "tasks.0.updates": 12})
 
 
@@ -440,17 +427,17 @@ def refused(folder: Path, capsys: pytest.CaptureFixture[str], *words: str) -> No
 
 
 def test_changed_data(
-    run_dir: Path, datasets: list[str], capsys: pytest.CaptureFixture[str]
+    run_dir: Path, pendulum_sets: list[str], capsys: pytest.CaptureFixture[str]
 ) -> None:
     data = run_dir.parent / "data.hdf5"
-    shutil.copy(datasets[1], data)
+    shutil.copy(pendulum_sets[1], data)
     refused(run_dir, capsys, str(data), "is not the one that", "put the old file back")
     data.unlink()
     refused(run_dir, capsys, str(data))
 
 
 def test_a_checkpoint_of_another_run(
-    run_dir: Path, datasets: list[str], capsys: pytest.CaptureFixture[str]
+    run_dir: Path, pendulum_sets: list[str], capsys: pytest.CaptureFixture[str]
 ) -> None:
     task = {"tasks.0.dataset": str(run_dir.parent / "data.hdf5"), "tasks.0.updates": 12}
     other = train(run_dir.parent / "other", "td3_bc", **task)

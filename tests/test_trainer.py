@@ -3,12 +3,11 @@
 import json
 import os
 import signal
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import gymnasium
 import pytest
 import torch
 
@@ -17,30 +16,12 @@ from rl_shift.agent import Agent, Stage
 from rl_shift.buffer import Mixture
 from rl_shift.errors import TrainingDiverged, UserError
 from rl_shift.networks import MLP
-from rl_shift.recording import record
 from rl_shift.trainer import Trainer
 
-ENV = "TrainerPendulum-v0"  # twenty steps per episode, so that evaluations cost nothing
+pytestmark = pytest.mark.usefixtures("short_pendulum")
+ENV = "ShortPendulum-v0"
 SMALL = {"agent.hidden": [8], "agent.batch_size": 8}
 FEW = {"eval_episodes": 2, "eval_lanes": 2, "eval_every": 0, "log_every": 5, "save_every": 0}
-
-
-@pytest.fixture(scope="module", autouse=True)
-def _environment() -> Iterator[None]:
-    gymnasium.register(
-        ENV, "gymnasium.envs.classic_control.pendulum:PendulumEnv", max_episode_steps=20
-    )
-    yield
-    gymnasium.registry.pop(ENV)
-
-
-@pytest.fixture(scope="module")
-def datasets(tmp_path_factory: pytest.TempPathFactory) -> list[str]:
-    folder = tmp_path_factory.mktemp("data")
-    return [
-        str(record(["random"], ENV, 200, folder / f"random{seed}.hdf5", seed=seed, lanes=2))
-        for seed in (0, 1)
-    ]
 
 
 class Prepared(Agent):
@@ -127,8 +108,8 @@ def trained(agent: str, **overrides: Any) -> Trainer:
 # ---- kinds of runs -----------------------------------------------------------------------------
 
 
-def test_offline(datasets: list[str]) -> None:
-    trainer = trained("td3_bc", **{"tasks.0.dataset": datasets[0], "tasks.0.updates": 11})
+def test_offline(pendulum_sets: list[str]) -> None:
+    trainer = trained("td3_bc", **{"tasks.0.dataset": pendulum_sets[0], "tasks.0.updates": 11})
     assert trainer.agent.updates == trainer.clock.counted_updates == 11
     assert trainer.ring is None and trainer.collector is None
     assert [(e["updates"], e["env_steps"]) for e in trainer.evaluations] == [(11, 0)]
@@ -136,8 +117,8 @@ def test_offline(datasets: list[str]) -> None:
     assert trainer.seconds > 0
 
 
-def test_rewards_are_scaled_for_training_only(datasets: list[str]) -> None:
-    task = {"tasks.0.dataset": datasets[0], "tasks.0.updates": 2}
+def test_rewards_are_scaled_for_training_only(pendulum_sets: list[str]) -> None:
+    task = {"tasks.0.dataset": pendulum_sets[0], "tasks.0.updates": 2}
     raw = trained("bc", **task)
     scaled = trained("bc", **task, **{"tasks.0.reward": "0.5,3"})
     expected = raw.buffer.arrays()["reward"] * 0.5 + 3
@@ -161,8 +142,10 @@ def test_online(lanes: int) -> None:
 
 
 @pytest.mark.parametrize("name", ["iql", "sac"])
-def test_offline_to_online_mixes_data_and_collected_rows(name: str, datasets: list[str]) -> None:
-    task = {"tasks.0.dataset": datasets[0], "tasks.0.updates": 5, "tasks.0.env_steps": 12}
+def test_offline_to_online_mixes_data_and_collected_rows(
+    name: str, pendulum_sets: list[str]
+) -> None:
+    task = {"tasks.0.dataset": pendulum_sets[0], "tasks.0.updates": 5, "tasks.0.env_steps": 12}
     values = SMALL | FEW | task | {"tasks.0.offline_fraction": 0.25, "tasks.0.reward": "0.1,0"}
     run = config.make(name, overrides=values)
     tasks = runs.resolve(run)
@@ -192,8 +175,8 @@ def test_offline_to_online_mixes_data_and_collected_rows(name: str, datasets: li
     assert [(e["updates"], e["env_steps"]) for e in trainer.evaluations] == [(5, 0), (17, 12)]
 
 
-def test_a_continual_run_evaluates_every_task_begun_so_far(datasets: list[str]) -> None:
-    tasks = {f"tasks.{k}.dataset": datasets[k] for k in (0, 1)}
+def test_a_continual_run_evaluates_every_task_begun_so_far(pendulum_sets: list[str]) -> None:
+    tasks = {f"tasks.{k}.dataset": pendulum_sets[k] for k in (0, 1)}
     tasks |= {f"tasks.{k}.updates": 6 for k in (0, 1)}
     logged: list[str] = []
     run = config.make("td3_bc", overrides=SMALL | FEW | tasks | {"eval_every": 3})
@@ -212,15 +195,17 @@ def test_a_continual_run_evaluates_every_task_begun_so_far(datasets: list[str]) 
     assert trainer.evaluations[-1]["returns"] == trainer.evaluations[-2]["returns"]
 
 
-def test_tasks_of_different_shapes_need_an_agent_that_builds_for_each(datasets: list[str]) -> None:
-    tasks = {"tasks.0.dataset": datasets[0], "tasks.0.updates": 1}
+def test_tasks_of_different_shapes_need_an_agent_that_builds_for_each(
+    pendulum_sets: list[str],
+) -> None:
+    tasks = {"tasks.0.dataset": pendulum_sets[0], "tasks.0.updates": 1}
     tasks |= {"tasks.1.env": "MountainCarContinuous-v0", "tasks.1.env_steps": 1}
     with pytest.raises(UserError, match=r"task 'MountainCarContinuous-v0'.*same networks"):
         trained("sac", **tasks)
 
 
-def test_stacked_seeds_draw_their_own_batches(datasets: list[str]) -> None:
-    task = {"tasks.0.dataset": datasets[0], "tasks.0.updates": 3}
+def test_stacked_seeds_draw_their_own_batches(pendulum_sets: list[str]) -> None:
+    task = {"tasks.0.dataset": pendulum_sets[0], "tasks.0.updates": 3}
     both = trained("bc", **task, seeds=2).agent
     for k in (0, 1):
         alone = trained("bc", **task, seed=k).agent.state()["module"]
@@ -232,9 +217,9 @@ def test_stacked_seeds_draw_their_own_batches(datasets: list[str]) -> None:
 
 
 def test_preparatory_updates_are_not_part_of_the_budget(
-    datasets: list[str], tmp_path: Path
+    pendulum_sets: list[str], tmp_path: Path
 ) -> None:
-    task = {"tasks.0.dataset": datasets[0], "tasks.0.updates": 10, "eval_every": 5}
+    task = {"tasks.0.dataset": pendulum_sets[0], "tasks.0.updates": 10, "eval_every": 5}
     values = SMALL | FEW | task | {"log_every": 2, "run_dir": str(tmp_path / "run")}
     folder = runs.train(config.make(PREPARED, overrides=values), progress=False)
     results = json.loads((folder / "results.json").read_text())
@@ -251,9 +236,9 @@ def test_preparatory_updates_are_not_part_of_the_budget(
     ]
 
 
-def test_stages_that_take_turns_count_on(datasets: list[str]) -> None:
+def test_stages_that_take_turns_count_on(pendulum_sets: list[str]) -> None:
     """Three times 2 + 5 updates: intervals run through the stages of one name."""
-    task = {"tasks.0.dataset": datasets[0], "tasks.0.updates": 5}
+    task = {"tasks.0.dataset": pendulum_sets[0], "tasks.0.updates": 5}
     fields = {"agent.prepare_updates": 2, "agent.turns": 3}
     intervals = {"log_every": 4, "eval_every": 7}
     run = config.make(PREPARED, overrides=SMALL | FEW | task | fields | intervals)
@@ -274,9 +259,9 @@ def test_stages_that_take_turns_count_on(datasets: list[str]) -> None:
 
 @pytest.mark.parametrize(("enough", "checks"), [(4, [2, 4]), (100, [2, 4, 6, 7])])
 def test_a_stage_ends_early_where_its_check_says_so(
-    enough: int, checks: list[int], datasets: list[str]
+    enough: int, checks: list[int], pendulum_sets: list[str]
 ) -> None:
-    task = {"tasks.0.dataset": datasets[0], "tasks.0.updates": 3}
+    task = {"tasks.0.dataset": pendulum_sets[0], "tasks.0.updates": 3}
     settings = {"agent.prepare_updates": 7, "agent.check_every": 2, "agent.enough": enough}
     trainer = trained(PREPARED, **task, **settings)
     assert trainer.agent.checks == [("prepare", n) for n in checks]
@@ -294,11 +279,11 @@ def test_a_stage_ends_early_where_its_check_says_so(
     ids=["offline", "offline-to-online", "online"],
 )
 def test_evaluation_never_disturbs_training(
-    kind: tuple[str, dict[str, Any]], datasets: list[str]
+    kind: tuple[str, dict[str, Any]], pendulum_sets: list[str]
 ) -> None:
     name, task = kind
     if "tasks.0.updates" in task:
-        task = {"tasks.0.dataset": datasets[0], **task}
+        task = {"tasks.0.dataset": pendulum_sets[0], **task}
     never = trained(name, **task)
     often = trained(name, **task, eval_every=3, eval_episodes=3, eval_lanes=1)
     assert len(often.evaluations) > len(never.evaluations)
@@ -309,8 +294,8 @@ def test_evaluation_never_disturbs_training(
 
 
 @pytest.mark.parametrize("log_every", [1, 3, 100])
-def test_speed_counts_training_time_only(log_every: int, datasets: list[str]) -> None:
-    task = {"tasks.0.dataset": datasets[0], "tasks.0.updates": 6, "log_every": log_every}
+def test_speed_counts_training_time_only(log_every: int, pendulum_sets: list[str]) -> None:
+    task = {"tasks.0.dataset": pendulum_sets[0], "tasks.0.updates": 6, "log_every": log_every}
     run = config.make("bc", overrides=SMALL | FEW | task | {"save_every": 2, "eval_every": 2})
     tasks = runs.resolve(run)
     ticks = iter(range(10_000))
@@ -337,10 +322,10 @@ def test_speed_counts_training_time_only(log_every: int, datasets: list[str]) ->
 
 @pytest.mark.parametrize("poison", [False, True])
 def test_a_diverging_run_stops_and_keeps_the_last_good_checkpoint(
-    poison: bool, datasets: list[str], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    poison: bool, pendulum_sets: list[str], tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     folder = tmp_path / "run"
-    argv = ["train", PREPARED, "--dataset", datasets[0], "--updates", "30"]
+    argv = ["train", PREPARED, "--dataset", pendulum_sets[0], "--updates", "30"]
     argv += ["--run-dir", str(folder), "--agent.poison", str(poison)]
     argv += ["--agent.explode_after", "25" if poison else "19"]
     few = ["--eval-episodes", "1", "--eval-every", "20", "--log-every", "100", "--save-every", "10"]
@@ -359,10 +344,10 @@ def test_a_diverging_run_stops_and_keeps_the_last_good_checkpoint(
 
 
 def test_a_run_that_diverges_before_its_first_checkpoint_keeps_its_logs(
-    datasets: list[str], tmp_path: Path
+    pendulum_sets: list[str], tmp_path: Path
 ) -> None:
     folder = tmp_path / "run"
-    task = {"tasks.0.dataset": datasets[0], "tasks.0.updates": 20, "run_dir": str(folder)}
+    task = {"tasks.0.dataset": pendulum_sets[0], "tasks.0.updates": 20, "run_dir": str(folder)}
     run = config.make(PREPARED, overrides=FEW | task | {"agent.explode_after": 11, "log_every": 2})
     with pytest.raises(TrainingDiverged):
         runs.train(run, progress=False)
@@ -370,8 +355,8 @@ def test_a_run_that_diverges_before_its_first_checkpoint_keeps_its_logs(
     assert json.loads((folder / "results.json").read_text())["status"] == "failed"
 
 
-def test_a_logged_value_that_is_not_finite_is_named(datasets: list[str]) -> None:
-    task = {"tasks.0.dataset": datasets[0], "tasks.0.updates": 20}
+def test_a_logged_value_that_is_not_finite_is_named(pendulum_sets: list[str]) -> None:
+    task = {"tasks.0.dataset": pendulum_sets[0], "tasks.0.updates": 20}
     with pytest.raises(TrainingDiverged, match="actor/loss is not finite after 12 updates"):
         trained(PREPARED, **task, **{"agent.explode_after": 11, "log_every": 1})
 
@@ -398,13 +383,13 @@ def signals_at(monkeypatch: pytest.MonkeyPatch, update: int, *numbers: int) -> N
 def test_a_stopped_run_saves_and_goes_on_bitwise(
     number: int,
     at: int,
-    datasets: list[str],
+    pendulum_sets: list[str],
     tmp_path: Path,
     monkeypatch: pytest.MonkeyPatch,
     capsys: pytest.CaptureFixture[str],
 ) -> None:
     before = signal.getsignal(number)
-    argv = ["train", PREPARED, "--dataset", datasets[0], "--updates", "10"]
+    argv = ["train", PREPARED, "--dataset", pendulum_sets[0], "--updates", "10"]
     argv += ["--eval-episodes", "1", "--eval-every", "5"]
     assert cli.main([*argv, "--run-dir", str(tmp_path / "whole")]) == 0
     folder = tmp_path / "stopped"
@@ -422,18 +407,22 @@ def test_a_stopped_run_saves_and_goes_on_bitwise(
 
 
 def test_a_second_signal_stops_at_once(
-    datasets: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    pendulum_sets: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    task = {"tasks.0.dataset": datasets[0], "tasks.0.updates": 10, "run_dir": str(tmp_path / "run")}
+    task = {
+        "tasks.0.dataset": pendulum_sets[0],
+        "tasks.0.updates": 10,
+        "run_dir": str(tmp_path / "run"),
+    }
     signals_at(monkeypatch, 4, signal.SIGINT, signal.SIGTERM)
     with pytest.raises(KeyboardInterrupt):
         runs.train(config.make("bc", overrides=SMALL | FEW | task), progress=False)
     assert not (tmp_path / "run" / "checkpoints").exists()
 
 
-def test_env_steps_without_an_environment_are_refused(datasets: list[str]) -> None:
+def test_env_steps_without_an_environment_are_refused(pendulum_sets: list[str]) -> None:
     run = config.make(
-        "sac", overrides=SMALL | FEW | {"tasks.0.dataset": datasets[0], "tasks.0.updates": 1}
+        "sac", overrides=SMALL | FEW | {"tasks.0.dataset": pendulum_sets[0], "tasks.0.updates": 1}
     )
     [task] = runs.resolve(run)
     agent = agents.get("sac")(task.observation_space, task.action_space, run.agent)
