@@ -8,6 +8,7 @@ one. Coordinates that observations omit (the root's x) are 0. Our design where n
 from __future__ import annotations
 
 import math
+import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
@@ -233,16 +234,24 @@ def _plain(batch: Batch) -> Batch:
     return {key: batch[key] for key in keys}
 
 
-def costs(presets: Sequence[str], obs: int, action: int) -> list[dict[str, Any]]:
+def costs(presets: Sequence[str], obs: int, action: int, timed: int = 0) -> list[dict[str, Any]]:
     """What one full generation costs in each preset, with its sampler's error beside it.
 
-    FLOP are twice the multiply-adds of the denoiser's layers.
+    FLOP are twice the multiply-adds of the denoiser's layers. `held_bytes` is what stays in memory:
+    the denoiser, its average, Adam's two moments, and the generated rows.
 
     Args:
         presets: names of presets of an agent that generates trajectories.
         obs: width of an observation.
         action: width of an action.
+        timed: windows of a batch whose pass through the denoiser is timed on this machine's CPU;
+            `seconds`, of an unguided generation, is extrapolated from it. 0: not timed.
+
+    Raises:
+        UserError: for a negative `timed`.
     """
+    if timed < 0:
+        raise UserError(f"{timed} windows cannot be timed: give 1 or more, or 0 to time nothing")
     width, rows = obs + action + 2, []
     given = {"tasks.0.dataset": "rl_shift/hopper-replay-v0"}
     for preset in presets:
@@ -255,18 +264,37 @@ def costs(presets: Sequence[str], obs: int, action: int) -> list[dict[str, Any]]
                 net = TemporalUNet(width, c.width)
             inputs = torch.zeros(1, c.window, width), torch.zeros(1)
             each = multiply_adds(net, *inputs)
-        rows.append(
-            {
-                "preset": preset,
-                "parameters": sum(p.numel() for p in net.parameters()),
-                "calls": sampler.calls,
-                "transitions": c.windows * (c.window - 1),
-                "flop": 2.0 * each * c.windows * sampler.calls,
-                "toy_std": toy_std(sampler),
-                "flop_per_transition": 2.0 * each * sampler.calls / (c.window - 1),
-            }
-        )
+        parameters = sum(p.numel() for p in net.parameters())
+        transitions = c.windows * (c.window - 1)
+        row = {
+            "preset": preset,
+            "parameters": parameters,
+            "calls": sampler.calls,
+            "transitions": transitions,
+            "flop": 2.0 * each * c.windows * sampler.calls,
+            "toy_std": toy_std(sampler),
+            "flop_per_transition": 2.0 * each * sampler.calls / (c.window - 1),
+            "held_bytes": 4 * (4 * parameters + transitions * (2 * obs + action + 1)),
+        }
+        if timed:
+            batch = torch.randn(timed, c.window, width), torch.ones(timed)
+            once = pass_seconds(net.to_empty(device="cpu"), *batch)
+            row["seconds"] = once * sampler.calls * c.windows / timed
+        rows.append(row)
     return rows
+
+
+def pass_seconds(net: torch.nn.Module, *inputs: Tensor) -> float:
+    """Process CPU time of a pass without gradients, s: the median of five after a first one."""
+    for tensor in net.state_dict().values():
+        tensor.fill_(0.01)
+    found = []
+    with torch.no_grad():
+        for _ in range(6):
+            start = time.process_time()
+            net(*inputs)
+            found.append(time.process_time() - start)
+    return float(np.median(found[1:]))
 
 
 def picture(results: dict[str, Any], path: Path) -> None:

@@ -115,6 +115,13 @@ def main(argv: list[str] | None = None) -> int:
     for_cost = commands.add_parser("cost", help="FLOP and sampling error of PGD's presets")
     for_cost.add_argument("--obs", type=int, default=17, help="width of an observation")
     for_cost.add_argument("--action", type=int, default=6, help="width of an action")
+    for_cost.add_argument(
+        "--timed",
+        type=int,
+        default=0,
+        metavar="WINDOWS",
+        help="also time a pass of so many, on one core",
+    )
     given = parser.parse_args(argv)
     chosen = {"score": print_score, "synthetic": print_synthetic, "cost": print_cost}
     try:
@@ -155,12 +162,16 @@ def print_synthetic(given: argparse.Namespace) -> None:
 def print_cost(given: argparse.Namespace) -> None:
     """`diagnose.py cost`."""
     presets = ("pgd.td3_bc", "pgd.gpu", "pgd.paper")
-    print(f"{'preset':>12} parameters calls transitions      FLOP FLOP/transition std of N(0, 1)")
-    for row in synthetic_quality.costs(presets, given.obs, given.action):
+    print(
+        f"{'preset':>12} parameters calls transitions      FLOP FLOP/transition "
+        "std of N(0, 1) held MB" + "  seconds" * bool(given.timed)
+    )
+    for row in synthetic_quality.costs(presets, given.obs, given.action, given.timed):
         print(
             f"{row['preset']:>12} {row['parameters']:10d} {row['calls']:5d} "
             f"{row['transitions']:11d} {row['flop']:9.2e} {row['flop_per_transition']:15.2e} "
-            f"{row['toy_std']:14.4f}"
+            f"{row['toy_std']:14.4f} {row['held_bytes'] / 1e6:7.0f}"
+            + (f" {row['seconds']:8.0f}" if given.timed else "")
         )
     print("published sampler, its own Euler step: std 1.0300 (specified, not run)")
 

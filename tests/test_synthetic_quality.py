@@ -114,6 +114,8 @@ def test_the_script_compares_strengths(
     ):
         assert script.main(["synthetic", found[0], *flags]) == 2
         assert message in capsys.readouterr().err
+    assert script.main(["cost", "--timed", "-1"]) == 2
+    assert "-1 windows cannot be timed" in capsys.readouterr().err
     assert script.main(["cost"]) == 0
     assert "pgd.paper  177656857   511      253952" in capsys.readouterr().out
     result = synthetic_quality.compare(found[0], [0.0, 16.0], None, found[1], 24, 60)
@@ -133,3 +135,6 @@ def test_costs_are_the_spec_s() -> None:
     for row in (cpu, gpu):  # at least a hundred times cheaper, at no more than the error of 1.0300
         assert row["flop_per_transition"] * 100 < paper["flop_per_transition"]
         assert abs(row["toy_std"] - 1) < 0.03
+    assert cpu["held_bytes"] == 4 * (4 * 905_010 + 14_336 * 41)
+    (timed,) = synthetic_quality.costs(presets[:1], 17, 6, timed=2)
+    assert timed.pop("seconds") > 0 and timed == cpu
