@@ -156,7 +156,7 @@ def family(arguments: argparse.Namespace) -> None:
     out.mkdir(parents=True, exist_ok=True)
     body, made_by = BODIES.get(name), "a goal-conditioned SAC of ours"
     if body:
-        folder, made_by = policy_folder(arguments.policies), "Deep OPE policies of another body"
+        folder, made_by = policy_folder(arguments.policies), "Deep OPE, trained on another body"
         found = {kind: policies(body, kind, folder)[0] for kind in ("medium", "expert")}
     else:
         found = goal_conditioned(arguments)

@@ -334,7 +334,8 @@ def test_a_family_of_bodies_from_policies_of_the_unchanged_one(
     made = tmp_path / "rlshift-walkerrandparams-2-medium-v0.hdf5"
     with h5py.File(made) as file:
         assert list(file.attrs["policies"]) == ["walker_online_3"]
-        assert "another body" in file.attrs["origin"]
+        made_by = "medium policy of Deep OPE, trained on another body"
+        assert file.attrs["origin"] == f"rl_shift: WalkerRandParams, {made_by}"
     found = datasets.resolve(made)
     assert found.env_id == "rl_shift/WalkerRandParams-2-v0"
     assert found.reference_scores == pytest.approx(

@@ -111,11 +111,11 @@ def test_five_velocities() -> None:
         "fine-tuning": "finetune", "OER, random rows": "random", "OER, MBES": "mbes",
         "OER, random rows, the data's actions": "random_dataset",
         "frozen trunk, layers per task": "frozen", "LwF, no memory": "lwf",
+        "all 100,000 rows kept": "all", "A-GEM, random rows": "agem", "EWC": "ewc", "SI": "si",
+        "L2": "l2",
     }  # fmt: skip
     seen = 0
     for name, _, seeds, per, bwt, scores in rows("| variant | flags | seeds | PER |"):
-        if name not in variants:
-            continue
         found = kept([f"oer/cheetah_vel.{variants[name]}.{s}" for s in range(int(seeds))])
         check(per, found[0])
         check(bwt, found[1])
@@ -160,7 +160,7 @@ def test_lives() -> None:
     agents = {
         "ppo": "ppo", "dqn": "dqn", "reactive, published": "reactive", "ICM alone": "icm",
         "reactive, reacting": "reacting", "the same with RND": "reacting_rnd",
-        "the reset alone": "reset",
+        "the reset alone": "reset", "dqn with ICM": "dqnicm",
         "reacting once the reward fell": "fall",
     }  # fmt: skip
     kinds = {
@@ -179,7 +179,41 @@ def test_lives() -> None:
         printed = [float(x) for x in NUMBER.findall(phases.replace("**", ""))]
         assert printed == pytest.approx(third, abs=1.1e-3), (kind, agent)
         seen += 1
-    assert seen >= 20
+    assert seen == 24
+
+
+def test_lives_in_a_gradual_change() -> None:
+    agents = {"ppo": "ppo", "reactive, published": "reactive"}
+    seen = 0
+    for agent, seeds, lifetime, phases in rows("| agent in a gradual change | seeds |"):
+        found = lives(f"{agents[agent]}.slow_gradual")
+        assert len(found) == int(seeds) == 5
+        check(lifetime, [float(np.mean(life["reward"])) for life in found], digits=4)
+        means = phase_means(found)[:4]
+        assert [float(x) for x in NUMBER.findall(phases)] == pytest.approx(means, abs=6e-4)
+        seen += 1
+    assert seen == 2
+
+
+def test_lives_of_the_mirrored_cheetah() -> None:
+    agents = {"ppo": "ppo", "reactive, published": "published"}
+    seen = 0
+    for agent, seeds, lifetime, phases in rows("| agent on the mirrored cheetah | seeds |"):
+        found = lives(f"{agents[agent]}.cheetah_action_flip")
+        assert len(found) == int(seeds) == 3
+        check(lifetime, [float(np.mean(life["reward"])) for life in found], digits=3)
+        means = phase_means(found)[:3]
+        assert [float(x) for x in NUMBER.findall(phases)] == pytest.approx(means, abs=6e-4)
+        seen += 1
+    assert seen == 2
+
+
+def test_ppo_on_the_unchanged_cheetah() -> None:
+    evaluations = raw("lives/ppo.cheetah_stationary")["evaluations"]
+    ((*cells,),) = rows("| env steps | 102,400 |")
+    for evaluation, cell in zip(evaluations, cells[1:], strict=True):
+        printed = [float(x.replace(",", "")) for x in cell.split("; ")]
+        assert printed == pytest.approx(np.mean(evaluation["returns"], 1), abs=0.51)
 
 
 def test_lives_of_the_cart() -> None:
