@@ -8,8 +8,8 @@ one. Coordinates that observations omit (the root's x) are 0. Our design where n
 from __future__ import annotations
 
 import math
-import time
 from collections.abc import Callable, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +17,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from rl_shift import config, datasets, envs, plotting, runs, seeding
+from rl_shift import benchmark, config, datasets, envs, plotting, runs, seeding
 from rl_shift.agent import Agent, Policy
 from rl_shift.buffer import Buffer
 from rl_shift.denoisers import ResidualMLP, TemporalUNet, multiply_adds
@@ -244,8 +244,9 @@ def costs(presets: Sequence[str], obs: int, action: int, timed: int = 0) -> list
         presets: names of presets of an agent that generates trajectories.
         obs: width of an observation.
         action: width of an action.
-        timed: windows of a batch whose pass through the denoiser is timed on this machine's CPU;
-            `seconds`, of an unguided generation, is extrapolated from it. 0: not timed.
+        timed: windows of a batch whose passes through the denoiser are timed on this machine;
+            `seconds`, process CPU time of an unguided generation, is extrapolated from them.
+            0: not timed.
 
     Raises:
         UserError: for a negative `timed`.
@@ -257,7 +258,7 @@ def costs(presets: Sequence[str], obs: int, action: int, timed: int = 0) -> list
     for preset in presets:
         c = config.make(preset=preset, overrides=given).agent
         sampler = Sampler(c.sampler_steps, c.solver, c.churn)
-        with torch.device("meta"):
+        with torch.device("cpu" if timed else "meta"):
             if c.network == "mlp":
                 net: Any = ResidualMLP((c.window, width), c.width, c.depth)
             else:
@@ -278,23 +279,12 @@ def costs(presets: Sequence[str], obs: int, action: int, timed: int = 0) -> list
         }
         if timed:
             batch = torch.randn(timed, c.window, width), torch.ones(timed)
-            once = pass_seconds(net.to_empty(device="cpu"), *batch)
-            row["seconds"] = once * sampler.calls * c.windows / timed
+            work = benchmark.Candidate(preset, partial(net, *batch), units=timed)
+            with torch.no_grad():
+                windows_per_s = benchmark.run_block(benchmark.warm_up(work, calls=1), seconds=2.0)
+            row["seconds"] = sampler.calls * c.windows / windows_per_s
         rows.append(row)
     return rows
-
-
-def pass_seconds(net: torch.nn.Module, *inputs: Tensor) -> float:
-    """Process CPU time of a pass without gradients, s: the median of five after a first one."""
-    for tensor in net.state_dict().values():
-        tensor.fill_(0.01)
-    found = []
-    with torch.no_grad():
-        for _ in range(6):
-            start = time.process_time()
-            net(*inputs)
-            found.append(time.process_time() - start)
-    return float(np.median(found[1:]))
 
 
 def picture(results: dict[str, Any], path: Path) -> None:

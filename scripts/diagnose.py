@@ -116,11 +116,7 @@ def main(argv: list[str] | None = None) -> int:
     for_cost.add_argument("--obs", type=int, default=17, help="width of an observation")
     for_cost.add_argument("--action", type=int, default=6, help="width of an action")
     for_cost.add_argument(
-        "--timed",
-        type=int,
-        default=0,
-        metavar="WINDOWS",
-        help="also time a pass of so many, on one core",
+        "--timed", type=int, default=0, metavar="WINDOWS", help="also time passes of so many"
     )
     given = parser.parse_args(argv)
     chosen = {"score": print_score, "synthetic": print_synthetic, "cost": print_cost}
