@@ -182,30 +182,37 @@ def test_lives() -> None:
     assert seen == 24
 
 
-def test_lives_in_a_gradual_change() -> None:
-    agents = {"ppo": "ppo", "reactive, published": "reactive"}
+@pytest.mark.parametrize(
+    ("head", "shift", "published", "agents", "seeds", "digits", "count", "within"),
+    [
+        ("| agent in a gradual change |", "slow_gradual", "reactive", 2, 5, 4, 4, 6e-4),
+        ("| agent on the mirrored cheetah |", "cheetah_action_flip", "published", 2, 3, 3, 3, 6e-4),
+        ("| agent on the flipped cheetah |", "cheetah_reward_flip", "published", 3, 3, 3, 3, 6e-4),
+        ("| agent | seeds | lifetime reward per step", "cartpole", "reactive", 3, 3, 2, 4, 0.051),
+    ],
+    ids=["gradual", "mirrored cheetah", "flipped cheetah", "cart"],
+)
+def test_lives_of_one_shift(
+    head: str,
+    shift: str,
+    published: str,
+    agents: int,
+    seeds: int,
+    digits: int,
+    count: int,
+    within: float,
+) -> None:
+    files = {"ppo": "ppo", "reactive, published": published, "reactive, reacting": "reacting"}
+    files["reacting once the reward fell"] = "fall"
     seen = 0
-    for agent, seeds, lifetime, phases in rows("| agent in a gradual change | seeds |"):
-        found = lives(f"{agents[agent]}.slow_gradual")
-        assert len(found) == int(seeds) == 5
-        check(lifetime, [float(np.mean(life["reward"])) for life in found], digits=4)
-        means = phase_means(found)[:4]
-        assert [float(x) for x in NUMBER.findall(phases)] == pytest.approx(means, abs=6e-4)
+    for agent, printed_seeds, lifetime, phases in rows(head):
+        found = lives(f"{files[agent]}.{shift}")
+        assert len(found) == int(printed_seeds) == seeds
+        check(lifetime, [float(np.mean(life["reward"])) for life in found], digits)
+        means = phase_means(found)[:count]
+        assert [float(x) for x in NUMBER.findall(phases)] == pytest.approx(means, abs=within)
         seen += 1
-    assert seen == 2
-
-
-def test_lives_of_the_mirrored_cheetah() -> None:
-    agents = {"ppo": "ppo", "reactive, published": "published"}
-    seen = 0
-    for agent, seeds, lifetime, phases in rows("| agent on the mirrored cheetah | seeds |"):
-        found = lives(f"{agents[agent]}.cheetah_action_flip")
-        assert len(found) == int(seeds) == 3
-        check(lifetime, [float(np.mean(life["reward"])) for life in found], digits=3)
-        means = phase_means(found)[:3]
-        assert [float(x) for x in NUMBER.findall(phases)] == pytest.approx(means, abs=6e-4)
-        seen += 1
-    assert seen == 2
+    assert seen == agents
 
 
 def test_ppo_on_the_unchanged_cheetah() -> None:
@@ -214,29 +221,6 @@ def test_ppo_on_the_unchanged_cheetah() -> None:
     for evaluation, cell in zip(evaluations, cells[1:], strict=True):
         printed = [float(x.replace(",", "")) for x in cell.split("; ")]
         assert printed == pytest.approx(np.mean(evaluation["returns"], 1), abs=0.51)
-
-
-def test_lives_of_the_cart() -> None:
-    agents = {"ppo": "ppo", "reactive, published": "reactive", "reactive, reacting": "reacting"}
-    for agent, seeds, lifetime, phases in rows("| agent | seeds | lifetime reward per step"):
-        found = lives(f"{agents[agent]}.cartpole")
-        assert len(found) == int(seeds) == 3
-        check(lifetime, [float(np.mean(life["reward"])) for life in found], digits=2)
-        means = phase_means(found)[:4]
-        assert [float(x) for x in NUMBER.findall(phases)] == pytest.approx(means, abs=0.051)
-
-
-def test_lives_of_the_flipped_cheetah() -> None:
-    agents = {"ppo": "ppo", "reactive, published": "published"}
-    agents["reacting once the reward fell"] = "fall"
-    seen = 0
-    for agent, _, lifetime, phases in rows("| agent on the flipped cheetah | seeds |"):
-        found = lives(f"{agents[agent]}.cheetah_reward_flip")
-        check(lifetime, [float(np.mean(life["reward"])) for life in found], digits=3)
-        means = phase_means(found)[:3]
-        assert [float(x) for x in NUMBER.findall(phases)] == pytest.approx(means, abs=6e-4)
-        seen += 1
-    assert seen == 3
 
 
 # ---- off-policy evaluation ---------------------------------------------------------------------
