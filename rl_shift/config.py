@@ -255,10 +255,12 @@ def layers_of(preset: str | None, paths: Sequence[str | Path]) -> list[Layer]:
 
 
 def chosen_agent(name: str | None, preset: str | None, layers: Sequence[Layer]) -> str:
-    """The one agent that AGENT, preset and files agree on."""
+    """The one agent that AGENT, preset and files agree on; AGENT may descend from the preset's."""
     said = [("AGENT", name)] if name is not None else []
     if preset is not None:
-        said.append((f"preset {preset}", preset.partition(".")[0]))
+        parent = preset.partition(".")[0]
+        if name in (None, parent) or not issubclass(agents.get(str(name)), agents.get(parent)):
+            said.append((f"preset {preset}", parent))
     said += [(where, str(data["agent_name"])) for where, data in layers if "agent_name" in data]
     if not said:
         raise UserError(

@@ -38,9 +38,11 @@ class Aggregate:
 
 
 def aggregate(section: Section) -> Aggregate | None:
-    """Finished cells over their common datasets; None without any or without a common scale.
+    """Finished cells over common datasets; None without any or without a common scale.
 
-    Where all agents have none in common, those that share the fewest with the others are left out.
+    Agents are left out, those that share the fewest datasets first, as long as the rest has more
+    cells in common for it: one agent that was run on a single dataset does not narrow the
+    comparison of the others to that one. Two agents at least are kept where two share a dataset.
     """
     if section.unit == "return":
         return None
@@ -48,18 +50,18 @@ def aggregate(section: Section) -> Aggregate | None:
         label: {row for (row, other), c in section.cells.items() if other == label and c.counts}
         for label in section.labels
     }
-    notes = []
-    while rows and not set.intersection(*rows.values()):
-        least = min(rows, key=lambda n: sum(len(rows[n] & other) for other in rows.values()))
-        del rows[least]
-        notes.append(
-            f"{least} is left out of the aggregates: no finished dataset in common with the rest"
-        )
-    if not rows:
+    kept, left_out = _most_cells(rows)
+    if not kept:
         return None
-    order = sorted(set.intersection(*rows.values()))
+    common = set.intersection(*(rows[label] for label in kept))
+    notes = [
+        f"{label} is left out of the aggregates: it shares {len(common & rows[label])} of the "
+        f"{len(common)} datasets that the rest has in common"
+        for label in left_out
+    ]
+    order = sorted(common)
     scores, risks = {}, {}
-    for label in rows:
+    for label in kept:
         cells = [section.cells[row, label] for row in order]
         count = min(len(cell.seeds) for cell in cells)
         if any(len(cell.seeds) > count for cell in cells):
@@ -67,6 +69,20 @@ def aggregate(section: Section) -> Aggregate | None:
         scores[label] = np.stack([cell.per_seed()[:count] for cell in cells], axis=1)
         risks[label] = np.stack([cell.risk()[:count] for cell in cells], axis=1)
     return Aggregate(order, scores, risks, notes)
+
+
+def _most_cells(rows: dict[str, set[str]]) -> tuple[list[str], list[str]]:
+    """Labels that hold the most cells over datasets they all have, and those left out for it."""
+    rest, left_out = dict(rows), []
+    best: tuple[int, list[str], list[str]] = (0, [], list(rows))
+    while rest:
+        cells = len(rest) * len(set.intersection(*rest.values()))
+        if cells > best[0] and not (len(rest) == 1 and best[0]):
+            best = (cells, list(rest), list(left_out))
+        least = min(rest, key=lambda n: sum(len(rest[n] & other) for other in rest.values()))
+        del rest[least]
+        left_out.append(least)
+    return best[1], best[2]
 
 
 def bootstrapped(table: Floats, statistic: Callable[[Floats], Floats]) -> Interval:

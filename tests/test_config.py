@@ -80,6 +80,16 @@ def test_a_preset_needs_no_agent() -> None:
     assert run.tasks[0].dataset == "some-set"
 
 
+def test_an_agent_takes_the_presets_of_the_class_it_descends_from() -> None:
+    run = parsed("er", "--preset", "oer.cheetah_vel")
+    assert run.agent_name == "er"
+    assert run.agent == dataclasses.replace(  # the same values, in a Config of its own
+        run.agent, **dataclasses.asdict(parsed("--preset", "oer.cheetah_vel").agent)
+    )
+    with pytest.raises(UserError, match=r"AGENT names agent oer, but preset iql\.gym_mujoco"):
+        parsed("oer", "--preset", "iql.gym_mujoco")
+
+
 def test_short_flags_set_the_first_task() -> None:
     run = parsed("iql", "--dataset", "d", "--env", "E-v0", "--updates=3", "--env-steps", "4",
                  "--shift", "{gravity: 2}")  # fmt: skip

@@ -228,18 +228,32 @@ def test_aggregates_are_those_of_metrics() -> None:
     (section,) = sections(gather(["runs"]))
     found = aggregate(section)
     assert found is not None
-    assert found.rows == ["one"]
-    assert list(found.scores) == ["a", "b", "c"]
-    assert "d is left out" in found.notes[0]
-
-    del section.cells["one", "c"]
-    found = aggregate(section)
-    assert found is not None
+    assert found.rows == ["one", "two"]
+    assert list(found.scores) == ["a", "b"]
+    assert found.notes == [
+        f"{label} is left out of the aggregates: it shares {count} of the 2 datasets that the rest "
+        "has in common"
+        for label, count in (("d", 0), ("c", 1))
+    ]
     table = np.array([[50, 20], [51, 21], [52, 22.0]])
     assert found.scores["a"] == pytest.approx(table)
     assert found.risks["b"] == pytest.approx(table - 4.5)
     expected = metrics.stratified_bootstrap_interval(table, metrics.iqm)
     assert bootstrapped(found.scores["a"], metrics.iqm) == pytest.approx(expected)
+
+
+def test_two_agents_are_compared_where_they_meet() -> None:
+    write("runs/x", results("a", "one"))
+    for name in ("two", "three"):
+        write(f"runs/{name}", results("a", name))
+    write("runs/y", results("b", "one"))
+    (section,) = sections(gather(["runs"]))
+    found = aggregate(section)
+    assert found is not None and not found.notes
+    assert (found.rows, list(found.scores)) == (["one"], ["a", "b"])
+    del section.cells["one", "a"]  # now they meet nowhere
+    found = aggregate(section)
+    assert found is not None and list(found.scores) == ["a"]
 
 
 def test_unequal_numbers_of_seeds_are_cut_and_named() -> None:
