@@ -73,7 +73,8 @@ def aggregate(section: Section) -> Aggregate | None:
 
 def _most_cells(rows: dict[str, set[str]]) -> tuple[list[str], list[str]]:
     """Labels that hold the most cells over datasets they all have, and those left out for it."""
-    rest, left_out = dict(rows), []
+    rest = dict(rows)
+    left_out: list[str] = []
     best: tuple[int, list[str], list[str]] = (0, [], list(rows))
     while rest:
         cells = len(rest) * len(set.intersection(*rest.values()))
