@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import textwrap
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -10,6 +12,7 @@ from rl_shift import atomic
 from rl_shift.errors import UserError
 
 DPI = 130  # of a report's pictures; a page shows them at 96 per inch
+LETTER, LINE, HANDLE = 0.085, 0.22, 0.7  # inches of a letter, a line and a legend's sign
 
 
 def figure(width: float, height: float, dpi: float = DPI) -> Any:
@@ -23,6 +26,18 @@ def figure(width: float, height: float, dpi: float = DPI) -> Any:
     except ImportError as error:
         raise UserError('a picture needs matplotlib: pip install "rl_shift[report]"') from error
     return Figure(figsize=(width, height), dpi=dpi, layout="constrained")
+
+
+def legend(figure: Any, drawn: Mapping[str, Any]) -> None:
+    """On top of a figure that grows by it, in as many columns as fit; longer labels are broken."""
+    inches = figure.get_figwidth() - 0.3
+    labels = [textwrap.fill(label, int((inches - HANDLE) / LETTER)) for label in drawn]
+    longest = max(len(line) for label in labels for line in label.splitlines())
+    columns = min(max(1, int(inches / (longest * LETTER + HANDLE))), len(labels))
+    lines = max(label.count("\n") + 1 for label in labels) * -(-len(labels) // columns)
+    figure.set_figheight(figure.get_figheight() + 0.1 + LINE * lines)
+    where = "outside upper center"
+    figure.legend(list(drawn.values()), labels, loc=where, ncols=columns, frameon=False)
 
 
 def save(figure: Any, path: Path) -> None:

@@ -93,12 +93,14 @@ def razor(points: Mapping[str, Sequence[tuple[float, float]]], path: Path) -> No
     figure = plotting.figure(5.5, 3.6)
     axes: Any = figure.subplots()
     colours = draw.colours_of(list(points))
-    for label, pairs in points.items():
-        if pairs:
-            axes.scatter(*zip(*pairs, strict=True), color=colours[label], label=label, s=24)
+    drawn = {
+        label: axes.scatter(*zip(*pairs, strict=True), color=colours[label], s=24)
+        for label, pairs in points.items()
+        if pairs
+    }
     axes.axhline(0, color="#777777", lw=0.8, ls=":")
     draw.plain_axes(axes, "policy shift on new tasks, mean squared", "forgetting (-BWT)")
-    figure.legend(loc="outside upper center", ncols=3, frameon=False)
+    plotting.legend(figure, drawn)
     plotting.save(figure, path)
 
 
@@ -157,7 +159,7 @@ def task_curves(same: Sequence[Chain], path: Path) -> None:
     colours = draw.colours_of([chain.label for chain in same])
     columns = min(draw.COLUMNS, len(legs))
     lines = -(-len(legs) // columns)
-    figure = plotting.figure(max(4.2 * columns, 5.5), 3.0 * lines + 0.6)
+    figure = plotting.figure(max(4.2 * columns, 5.5), 3.0 * lines + 0.2)
     grid: Any = figure.subplots(lines, columns, squeeze=False)
     for axes in grid.flat[len(legs) :]:
         axes.set_axis_off()
@@ -183,7 +185,7 @@ def task_curves(same: Sequence[Chain], path: Path) -> None:
         axes.set_xlim(0, ends[-1] * 1.02)
         unit = "score" if all(chain.normalised for chain in same) else "return"
         draw.plain_axes(axes, "environment steps" if leg.env_steps else "updates", unit)
-    figure.legend(drawn.values(), drawn.keys(), loc="outside upper center", ncols=4, frameon=False)
+    plotting.legend(figure, drawn)
     plotting.save(figure, path)
 
 

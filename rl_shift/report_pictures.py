@@ -52,7 +52,7 @@ def learning_curves(section: Section, path: Path) -> bool:
         return False
     columns = min(COLUMNS, len(rows))
     lines = -(-len(rows) // columns)
-    figure = plotting.figure(max(4.2 * columns, 5.5), 3.1 * lines + 0.6)
+    figure = plotting.figure(max(4.2 * columns, 5.5), 3.1 * lines + 0.2)
     grid: Any = figure.subplots(lines, columns, squeeze=False)
     drawn: dict[str, Any] = {}
     data: Any = None
@@ -77,7 +77,7 @@ def learning_curves(section: Section, path: Path) -> bool:
         plain_axes(axes, "environment steps" if steps else "updates", section.unit)
     if data is not None:
         drawn["mean of the data"] = data
-    figure.legend(drawn.values(), drawn.keys(), loc="outside upper center", ncols=6, frameon=False)
+    plotting.legend(figure, drawn)
     plotting.save(figure, path)
     return True
 

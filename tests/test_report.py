@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 import pytest
 
-from rl_shift import cli, config, datasets, evaluate_command, metrics, report, runs
+from rl_shift import cli, config, datasets, evaluate_command, metrics, plotting, report, runs
 from rl_shift.recording import record
 from rl_shift.report_cells import Cell
 from rl_shift.report_document import Block, Heading, Paragraph
@@ -496,6 +496,23 @@ def test_chapters_say_more_about_runs_of_their_kind(
     assert text.count("## Heights") == 1
     assert "b is 7 tall" in text
     assert "a is" not in text
+
+
+@pytest.mark.parametrize("width", [5.5, 12.6])
+@pytest.mark.parametrize("letters", [4, 40, 150])
+def test_a_legend_stays_inside_the_picture(width: float, letters: int) -> None:
+    pytest.importorskip("matplotlib")
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+
+    figure = plotting.figure(width, 4.0)
+    axes = figure.subplots()
+    names = [f"{k} " + "word " * (letters // 5) for k in range(7)]
+    plotting.legend(figure, {name: axes.plot([0, 1])[0] for name in names})
+    FigureCanvasAgg(figure).draw()
+    (legend,) = figure.legends
+    box = legend.get_window_extent()
+    assert box.x0 >= 0 and box.x1 <= figure.bbox.width
+    assert (legend._ncols > 1) == (letters == 4 or (letters == 40 and width > 6))
 
 
 @pytest.mark.usefixtures("no_pictures")
