@@ -9,6 +9,7 @@ from typing import Any
 import numpy as np
 import pytest
 
+from rl_shift import continual_metrics
 from rl_shift.life import phases as life_phases
 from rl_shift.metrics import mean_interval
 from rl_shift.ope import judge
@@ -106,39 +107,49 @@ def kept(names: Sequence[str]) -> tuple[list[float], list[float], np.ndarray]:
     return list(last.mean(1)), [float(x.mean()) for x in lost], last.mean(0)
 
 
-def test_five_velocities() -> None:
-    variants = {
-        "fine-tuning": "finetune", "OER, random rows": "random", "OER, MBES": "mbes",
-        "OER, random rows, the data's actions": "random_dataset",
-        "frozen trunk, layers per task": "frozen", "LwF, no memory": "lwf",
-        "all 100,000 rows kept": "all", "A-GEM, random rows": "agem", "EWC": "ewc", "SI": "si",
-        "L2": "l2",
-    }  # fmt: skip
-    seen = 0
-    for name, _, seeds, per, bwt, scores in rows("| variant | flags | seeds | PER |"):
-        found = kept([f"oer/cheetah_vel.{variants[name]}.{s}" for s in range(int(seeds))])
-        check(per, found[0])
-        check(bwt, found[1])
-        assert [float(x) for x in NUMBER.findall(scores)] == pytest.approx(found[2], abs=0.51)
-        seen += 1
-    assert seen == len(variants)
+VARIANTS = {
+    "fine-tuning": "finetune", "OER, random rows": "random", "OER, MBES": "mbes",
+    "OER, 5,000 random rows": "random5000", "OER, MBES, 5,000 rows": "mbes5000",
+    "OER, random rows, the data's actions": "random_data",
+    "all 100,000 rows kept": "all", "A-GEM, random rows": "agem", "EWC": "ewc", "SI": "si",
+    "L2": "l2", "LwF, no memory": "lwf", "frozen trunk, layers per task": "frozen",
+}  # fmt: skip
 
 
-def test_triplet() -> None:
-    variants = {
-        "fine-tuning (no memory)": "finetune", "random rows": "random", "MBES": "mbes",
-        "MBES, reach 1, before": "mbes_reach1",
-    }  # fmt: skip
-    seen = 0
-    for name, per, bwt, scores in rows("| | PER (seeds) | BWT (seeds) |"):
-        if name not in variants:
-            continue
-        found = kept([f"oer/triplet.{variants[name]}.{s}" for s in range(3)])
+@pytest.mark.parametrize(
+    ("head", "files", "count", "digits"),
+    [
+        ("| variant | flags | seeds | PER |", "cheetah_vel", 11, 0),
+        ("| triplet of medium sets |", "triplet_medium", 6, 1),
+    ],
+)
+def test_sequences(head: str, files: str, count: int, digits: int) -> None:
+    seen = set()
+    for name, _, seeds, per, bwt, scores in rows(head):
+        found = kept([f"oer/{files}.{VARIANTS[name]}.{s}" for s in range(int(seeds))])
         check(per, found[0])
         check(bwt, found[1])
-        assert [float(x) for x in NUMBER.findall(scores)] == pytest.approx(found[2], abs=0.051)
+        within = 0.51 * 10.0**-digits
+        assert [float(x) for x in NUMBER.findall(scores)] == pytest.approx(found[2], abs=within)
+        seen.add(name)
+    assert len(seen) == count
+
+
+def test_the_stability_gap() -> None:
+    variants = {**VARIANTS, "the same with controls": "controls"}
+    keys = ["PER", "BWT", "min-ACC", "min-ACC (3-point medians)", "WC-ACC", "WF^10", "WP^10"]
+    seen = 0
+    for name, _, *cells in rows("| stability gap | flags |"):
+        found = [
+            continual_metrics.Row(e["updates"], e["during"], e["task"], seed, float(e["score"][0]))
+            for seed in range(3)
+            for e in raw(f"oer/cheetah_gap.{variants[name]}.{seed}")["evaluations"]
+        ]
+        numbers = continual_metrics.summary(found)
+        for key, cell in zip(keys, cells, strict=True):
+            check(cell, list(numbers[key]))
         seen += 1
-    assert seen == len(variants)
+    assert seen == 3
 
 
 # ---- lives -------------------------------------------------------------------------------------
