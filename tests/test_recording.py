@@ -15,9 +15,8 @@ import torch
 from gymnasium import spaces
 
 import rl_shift
-from rl_shift import agents, datasets, policies
+from rl_shift import datasets, policies
 from rl_shift.envs import make_env
-from rl_shift.envs.families import ANT_DIRECTIONS
 from rl_shift.errors import UserError
 from rl_shift.policies import TanhGaussianPolicy, load_policy
 from rl_shift.recording import record
@@ -319,39 +318,6 @@ def test_a_family_from_one_goal_conditioned_agent(
     assert script.main() == 0 and times == [path.stat().st_mtime_ns for path in made]
     assert "exists" in capsys.readouterr().out
     assert (tmp_path / "rlshift-cheetahvel-9-expert-v0.hdf5").exists()
-
-
-def test_directions_are_learnt_from_each_other(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.syspath_prepend(str(Path(__file__).parents[1] / "scripts"))
-    kind = agents.get("ant_dir_sac:AntDirSAC")
-    env = make_env("rl_shift/AntDirGoals-v0")
-    batch: dict[str, list[Any]] = {"obs": [], "next_obs": [], "reward": [], "velocity": []}
-    obs, _ = env.reset(seed=0)
-    env.action_space.seed(0)
-    for _ in range(64):
-        next_obs, reward, terminated, _, info = env.step(env.action_space.sample())
-        velocity = [info["x_velocity"], info["y_velocity"]]
-        for key, value in zip(batch, (obs, next_obs, reward, velocity), strict=True):
-            batch[key].append(value)
-        obs = env.reset()[0] if terminated else next_obs
-    given = {
-        key: torch.tensor(np.array(value), dtype=torch.float32) for key, value in batch.items()
-    }
-    seen: list[Any] = []
-    monkeypatch.setattr(kind.__base__, "update", lambda self, rows: seen.append(rows) or {})
-    config = kind.Config(relabelled=1.0, hidden=(8,))
-    kind(env.observation_space, env.action_space, config).update(given)
-    (rows,) = seen
-    old, goal = given["obs"][:, -2:], rows["obs"][:, -2:]
-    assert torch.equal(goal, rows["next_obs"][:, -2:]) and not torch.equal(goal, old)
-    assert torch.equal(rows["obs"][:, :-2], given["obs"][:, :-2])
-    angles = torch.atan2(goal[:, 1], goal[:, 0]) % (2 * torch.pi)
-    distance = (angles[:, None] - torch.tensor(ANT_DIRECTIONS)).abs()
-    assert distance.amin(-1).max() < 1e-5  # directions of the family
-    exact = given["reward"] + (given["velocity"] * (goal - old)).sum(-1)
-    error = (rows["reward"] - exact).square().mean().sqrt()
-    print(error, (given["reward"] - exact).square().mean().sqrt())
-    assert error < 0.2 * (given["reward"] - exact).square().mean().sqrt()  # 0.1 measured
 
 
 def test_a_family_of_bodies_from_policies_of_the_unchanged_one(
