@@ -76,8 +76,12 @@ class MultiHead(nn.Module):
         """(B, obs) normalised -> (B, action) in [-1, 1]."""
         return self.together([(self.current if task is None else task, obs)])[0]
 
-    def together(self, parts: Sequence[tuple[int, Tensor]]) -> list[Tensor]:
+    def together(self, parts: Sequence[tuple[int, Tensor]]) -> Sequence[Tensor]:
         """Actions of several tasks' observations, (task, (B, obs)) each, in one pass."""
+        alike = {(self.sizes[task], obs.shape) for task, obs in parts}
+        if len(parts) > 1 and len(alike) == 1:
+            tasks = [task for task, _ in parts]
+            return self.side_by_side(tasks, torch.stack([obs for _, obs in parts])).unbind()
         x = torch.cat([self.inputs[self.entrance[task]](obs) for task, obs in parts])
         for layer in self.trunk:
             x = layer(F.relu(x))
@@ -87,10 +91,28 @@ class MultiHead(nn.Module):
             for (task, _), piece in zip(parts, pieces, strict=True)
         ]
 
+    def side_by_side(self, tasks: Sequence[int], obs: Tensor) -> Tensor:
+        """Tasks of equal sizes, (K, B, obs) -> (K, B, action); the cost hardly grows with K."""
+        entrances = [self.entrance[task] for task in tasks]
+        if len(set(entrances)) == 1:
+            x = self.inputs[entrances[0]](obs)
+        else:
+            x = _each_its_own([self.inputs[k] for k in entrances], obs)
+        for layer in self.trunk:
+            x = layer(F.relu(x))
+        return torch.tanh(_each_its_own([self.heads[task] for task in tasks], F.relu(x)))
+
     def fitted(self, obs: Tensor, task: int) -> Tensor:
         """Observations of another task cut or padded with zeros to what `task` takes."""
         size = self.sizes[task][0]
         return F.pad(obs, (0, size - obs.shape[-1])) if size != obs.shape[-1] else obs
+
+
+def _each_its_own(layers: Sequence[nn.Module], x: Tensor) -> Tensor:
+    """K linear layers on (K, B, in) in one product, (K, B, out)."""
+    weights = torch.stack([layer.get_parameter("weight") for layer in layers])
+    biases = torch.stack([layer.get_parameter("bias") for layer in layers])
+    return torch.baddbmm(biases[:, None], x, weights.mT)
 
 
 class Memory:
@@ -117,14 +139,14 @@ class Memory:
                 self.store(task, {key: rows[:most] for key, rows in part.arrays().items()})
 
     def sample(self, n: int, without: int = -1) -> Batch:
-        """About `n` rows spread evenly over the tasks but `without`: memory_obs_K, memory_target_K.
+        """At most `n` rows of all tasks but `without`: memory_obs_K, memory_target_K.
 
-        Every task gives at least one row and always the same number.
+        All tasks give the same number of rows, one at least.
         """
         tasks = [task for task in self.parts if task != without]
         batch: Batch = {}
-        for place, task in enumerate(tasks):
-            count = max(1, n // len(tasks) + (place < n % len(tasks)))
+        for task in tasks:
+            count = max(1, n // len(tasks))
             rows = self.parts[task].sample(count)
             batch[f"memory_obs_{task}"] = rows["obs"]
             batch[f"memory_target_{task}"] = rows["target"]
@@ -186,8 +208,10 @@ def replay_loss(policy: MultiHead, batch: Batch) -> Tensor:
     """1 / (n - 1) sum_j E_{(s, y) ~ B_j} mean_d (pi_j(s) - y)^2; observations are normalised."""
     old = replayed(batch)
     actions = policy.together([(task, obs) for task, obs, _ in old])
+    targets = [target for _, _, target in old]
+    if len({target.shape for target in targets}) == 1:
+        return (torch.stack(tuple(actions)) - torch.stack(targets)).square().mean()
     errors = [
-        (action - target).square().mean()
-        for action, (_, _, target) in zip(actions, old, strict=True)
+        (action - target).square().mean() for action, target in zip(actions, targets, strict=True)
     ]
     return torch.stack(errors).mean()

@@ -16,6 +16,7 @@ from rl_shift.agents.er import ER
 from rl_shift.agents.oer import OER
 from rl_shift.buffer import Buffer
 from rl_shift.config import Task
+from rl_shift.continual import MultiHead, replay_loss
 from rl_shift.envs.families import SEQUENCES
 from rl_shift.errors import UnsupportedSpace, UserError
 from rl_shift.evaluate_command import EvaluationSettings, evaluated
@@ -195,12 +196,40 @@ def test_tasks_of_other_spaces_and_static_batches() -> None:
         agent.stage = "learner"
         shapes = [{k: v.shape for k, v in agent.sample(data).items()} for _ in range(40)]
     assert all(found == shapes[0] for found in shapes)
-    assert shapes[0]["memory_obs_0"] == (5, 3) and shapes[0]["memory_obs_1"] == (4, 4)
+    assert shapes[0]["memory_obs_0"] == (4, 3) and shapes[0]["memory_obs_1"] == (4, 4)
     agent.focus(task_of("two", SECOND))
     assert agent.observation_space.shape == (4,) and agent.action_space.shape == (1,)
     assert agent.run(agent.act, torch.zeros(2, 4), False).shape == (2, 1)
     agent.focus(third)
     assert agent.run(agent.act, torch.zeros(2, 3), False).shape == (2, 2)
+
+
+@pytest.mark.parametrize("shared_inputs", [False, True])
+@pytest.mark.parametrize("sizes", [[(3, 2)] * 4, [(3, 2), (4, 2), (3, 1), (3, 2)]])
+def test_tasks_side_by_side_are_those_one_by_one(
+    sizes: list[tuple[int, int]], shared_inputs: bool
+) -> None:
+    policy = MultiHead((8, 8), shared_inputs)
+    for size in sizes:
+        policy.add(*size)
+    parts = [(k, torch.randn(5, sizes[k][0])) for k in (3, 0, 2)]
+    batch = {f"memory_obs_{k}": obs for k, obs in parts}
+    batch |= {f"memory_target_{k}": torch.rand(5, sizes[k][1]) for k, _ in parts}
+    alone = [policy(obs, k) for k, obs in parts]
+    for action, expected in zip(policy.together(parts), alone, strict=True):
+        torch.testing.assert_close(action, expected)
+    errors = [
+        (action - batch[f"memory_target_{k}"]).square().mean()
+        for action, (k, _) in zip(alone, parts, strict=True)
+    ]
+    loss = replay_loss(policy, batch)
+    torch.testing.assert_close(loss, torch.stack(errors).mean())
+    gradients = torch.autograd.grad(loss, list(policy.parameters()), allow_unused=True)
+    used = [g is not None and bool(g.any()) for g in gradients]
+    names = [name for name, _ in policy.named_parameters()]
+    assert {n for n, u in zip(names, used, strict=True) if not u} == {
+        n for n in names if n.startswith("heads.1.") or (n.startswith("inputs.1."))
+    }
 
 
 def test_replay_keeps_the_old_policy() -> None:
