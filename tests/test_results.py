@@ -120,6 +120,7 @@ VARIANTS = {
     ("head", "files", "count", "digits"),
     [
         ("| variant | flags | seeds | PER |", "cheetah_vel", 11, 0),
+        ("| ten velocities |", "ten_velocities", 3, 0),
         ("| triplet of medium sets |", "triplet_medium", 6, 1),
     ],
 )
@@ -133,6 +134,17 @@ def test_sequences(head: str, files: str, count: int, digits: int) -> None:
         assert [float(x) for x in NUMBER.findall(scores)] == pytest.approx(found[2], abs=within)
         seen.add(name)
     assert len(seen) == count
+
+
+def test_forgetting_as_a_sequence_grows() -> None:
+    seen = 0
+    for name, *cells in rows("| BWT after |"):
+        found = [matrix(f"oer/ten_velocities.{VARIANTS[name]}.{s}") for s in range(3)]
+        for tasks, cell in zip((2, 4, 6, 8, 10), cells, strict=True):
+            old = range(tasks - 1)
+            check(cell, [float(np.mean([m[tasks - 1, j] - m[j, j] for j in old])) for m in found])
+        seen += 1
+    assert seen == 3
 
 
 def test_the_stability_gap() -> None:
