@@ -121,6 +121,7 @@ VARIANTS = {
     [
         ("| variant | flags | seeds | PER |", "cheetah_vel", 11, 0),
         ("| ten velocities |", "ten_velocities", 3, 0),
+        ("| four walkers |", "walkers", 4, 0),
         ("| triplet of medium sets |", "triplet_medium", 6, 1),
     ],
 )
@@ -134,6 +135,32 @@ def test_sequences(head: str, files: str, count: int, digits: int) -> None:
         assert [float(x) for x in NUMBER.findall(scores)] == pytest.approx(found[2], abs=within)
         seen.add(name)
     assert len(seen) == count
+
+
+def test_what_carries_the_gain() -> None:
+    sequences = {"triplet_medium": 3, "walkers": 3, "cheetah_vel": 5, "ten_velocities": 3}
+
+    def paired(first: str, second: str, counts: dict[str, int]) -> list[list[float]]:
+        both = [
+            [kept([f"oer/{files}.{name}.{s}" for s in range(count)]) for name in (first, second)]
+            for files, count in counts.items()
+        ]
+        return [
+            [a - b for one, other in both for a, b in zip(one[i], other[i], strict=True)]
+            for i in (0, 1)
+        ]
+
+    targets = dict.fromkeys(("triplet_medium", "walkers", "cheetah_vel"), 3)
+    per, bwt = paired("random", "random_data", targets)
+    assert len(per) == 9 and min(per) > 0
+    (found,) = re.findall(r"own actions end (.*) points of PER above .*; BWT (.*)\), MBES", TEXT)
+    check(found[0], per)
+    check(found[1], bwt)
+    per, bwt = paired("random", "mbes", sequences)
+    (found,) = re.findall(r"\n(.*) below random rows \(14 pairs, .*; BWT -(.*)\)\. \*\*What", TEXT)
+    assert len(per) == 14
+    check(found[0], per)
+    check(found[1], bwt)
 
 
 def test_forgetting_as_a_sequence_grows() -> None:
