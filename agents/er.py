@@ -64,8 +64,11 @@ class ER(OER):
     def __init__(
         self, observation_space: Space[Any], action_space: Space[Any], config: Config
     ) -> None:
-        if config.learner != "td3_bc" or config.learners:
-            raise UserError("ER trains td3_bc itself: leave agent.learner and agent.learners out")
+        if config.learner != "td3_bc" or config.learners or config.clone_updates:
+            raise UserError(
+                "ER trains td3_bc itself and clones nothing: leave agent.learner, agent.learners "
+                "and agent.clone_updates out"
+            )
         super().__init__(observation_space, action_space, config)
 
     def hold(self, policy: MultiHead) -> None:

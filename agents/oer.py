@@ -66,6 +66,7 @@ class OER(Agent):
         learner: str = "td3_bc"  # any agent that acts
         learner_config: dict[str, Any] = field(default_factory=dict)  # its fields
         learners: tuple[str, ...] = ()  # finished runs RUN_DIR[#k], one per task, to clone from
+        clone_updates: int = 0  # cloning after the learner is done; 0: along with its actor's steps
         retention: Literal["replay", "none", "agem", "l2", "ewc", "si", "frozen"] = "replay"
         coefficient: float = 1.0  # c of replay, or weight of l2 (5000), ewc (5000), si; 0: none
         anchor: float = 0.0  # weight of old heads' actions on the new data; 1 without replay: LwF
@@ -238,7 +239,12 @@ class OER(Agent):
         if new and current and self.config.warm_start:
             rows = buffer.take(some_rows(buffer))
             self.kept.start_from_best(self.normalized(rows["obs"], current), rows["action"])
-        self.started = self.updates
+        self.started = self.updates + (task.updates if self.clones_after else 0)
+
+    @property
+    def clones_after(self) -> bool:
+        """Whether cloning waits until the learner is done."""
+        return self.config.clone_updates > 0 and not self.config.learners
 
     def stages(self, task: Task) -> list[Stage]:
         """The learner with its clone, then the model, then the choice of what is kept."""
@@ -246,6 +252,8 @@ class OER(Agent):
             raise UserError(f"task {task.name!r}: OER learns from datasets, leave env_steps out")
         c = self.config
         legs = [Stage("learner", task.updates)]
+        if self.clones_after:
+            legs.append(Stage("clone", c.clone_updates))
         if self.modelled:
             legs.append(Stage("dynamics", c.dynamics_updates, counted=False, check_every=500))
         steps = c.select_updates if self.remembers else 1
@@ -265,6 +273,8 @@ class OER(Agent):
         if self.stage == "dynamics":
             return buffer.sample(c.batch_size, where=self.split(buffer)[0])
         batch = buffer.sample(c.batch_size)
+        if self.stage == "learner" and self.clones_after:
+            return batch
         if self.remembers:
             batch |= self.memory.sample(c.memory_batch, without=self.kept.current)
         self.observe()
@@ -399,7 +409,7 @@ class OER(Agent):
         super().schedule()
         if self.config.lr_warmup and "clone" in self.optimizers:
             group = self.optimizers["clone"].param_groups[0]
-            share = (self.updates - self.started + 1) / self.config.lr_warmup
+            share = max(self.updates - self.started + 1, 0) / self.config.lr_warmup
             group["lr"].fill_(group["initial_lr"] * min(share, 1.0))
 
     def update(self, batch: Batch) -> Metrics:
@@ -409,10 +419,10 @@ class OER(Agent):
         if self.stage == "dynamics":
             return self.learn("dynamics", self.dynamics.loss, batch)
         batch = self.with_states(batch)
-        if self.learner.frozen:
+        if self.learner.frozen or self.stage == "clone":
             return self.imitate(batch)
         metrics = self.learner.update(batch)
-        if (self.learner.updates + 1) % self.learner.delay == 0:
+        if not self.clones_after and (self.learner.updates + 1) % self.learner.delay == 0:
             metrics |= self.imitate(batch)
         return metrics
 
@@ -443,8 +453,9 @@ def _check(config: OER.Config) -> None:
             f"agent.learner {config.learner} learns in stages of its own: choose an agent that "
             "learns from data alone, such as td3_bc, iql or bc"
         )
-    if config.coefficient < 0 or config.anchor < 0:
-        raise UserError("agent.coefficient and agent.anchor must not be negative")
+    for name in ("coefficient", "anchor", "clone_updates"):
+        if getattr(config, name) < 0:
+            raise UserError(f"agent.{name} must not be negative")
     if config.memory < 1 or config.memory_total < 0:
         raise UserError(
             f"a memory of {min(config.memory, config.memory_total)} transitions keeps nothing: "
