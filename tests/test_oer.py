@@ -353,7 +353,8 @@ def test_a_task_without_a_head_is_played_by_one_that_fits_or_refused() -> None:
     ("settings", "message"),
     [
         ({"memory": 0}, "keeps nothing"),
-        ({"coefficient": -1.0}, "must not be negative"),
+        ({"coefficient": -1.0}, "agent.coefficient must not be negative"),
+        ({"clone_updates": -1}, "agent.clone_updates must not be negative"),
         ({"reach": 0.0}, "agent.reach 0 lets no roll-out go on"),
         ({"reach": -1.0}, "agent.reach -1 lets"),
         ({"reach": float("nan")}, "reach must be a number, not nan"),
@@ -381,9 +382,41 @@ def test_a_selector_that_the_learner_cannot_serve_is_refused_before_training() -
             config.make(preset="oer.triplet", overrides=overrides)
 
 
-def test_er_trains_its_own_learner() -> None:
+@pytest.mark.parametrize("settings", [{"learner": "bc"}, {"clone_updates": 3}])
+def test_er_trains_its_own_learner(settings: dict[str, Any]) -> None:
     with pytest.raises(UserError, match="ER trains td3_bc itself"):
-        make(ER, learner="bc")
+        make(ER, **settings)
+
+
+def test_cloning_can_wait_for_the_learner() -> None:
+    agent, data = make(clone_updates=6, lr_warmup=4), data_of(shift=2.0)
+    joint = learn_both(make())
+    rates: list[float] = []
+    replayed: dict[str, set[bool]] = {"learner": set(), "clone": set()}
+    with seeding.forked(1):
+        learn(agent, task_of("one"), data_of())
+        agent.begin_task(task_of("two"), data)
+        stages = agent.stages(task_of("two"))
+        assert [(s.name, s.updates, s.counted) for s in stages[:2]] == [
+            ("learner", 8, True), ("clone", 6, True),
+        ]  # fmt: skip
+        for stage in stages[:2]:
+            agent.enter(stage.name)
+            for _ in range(stage.updates):
+                batch = agent.sample(data)
+                replayed[stage.name].add("memory_obs_0" in batch)
+                agent.schedule()
+                rates.append(float(agent.optimizers["clone"].param_groups[0]["lr"]))
+                before = copy.deepcopy(agent.state_dict())
+                agent.update(batch)
+                agent.advance()
+                after = agent.state_dict()
+                changed = {k.split(".")[0] for k in after if not torch.equal(after[k], before[k])}
+                assert changed == {stage.name}
+    assert replayed == {"learner": {False}, "clone": {True}}
+    top = agent.config.learning_rate
+    assert rates[7:] == pytest.approx([0.0, *(top * k / 4 for k in (1, 2, 3, 4, 4, 4))])
+    assert_same(agent.learner.state_dict(), joint.learner.state_dict())
 
 
 def test_interaction_is_refused() -> None:
