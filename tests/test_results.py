@@ -113,6 +113,7 @@ VARIANTS = {
     "OER, random rows, the data's actions": "random_data",
     "all 100,000 rows kept": "all", "A-GEM, random rows": "agem", "EWC": "ewc", "SI": "si",
     "L2": "l2", "LwF, no memory": "lwf", "frozen trunk, layers per task": "frozen",
+    "ER, one network": "er",
 }  # fmt: skip
 
 
@@ -120,6 +121,7 @@ VARIANTS = {
     ("head", "files", "count", "digits"),
     [
         ("| variant | flags | seeds | PER |", "cheetah_vel", 11, 0),
+        ("| five velocities, own learners |", "own_velocities", 2, 0),
         ("| ten velocities |", "ten_velocities", 3, 0),
         ("| four walkers |", "walkers", 4, 0),
         ("| triplet of medium sets |", "triplet_medium", 6, 1),
