@@ -125,6 +125,7 @@ VARIANTS = {
         ("| ten velocities |", "ten_velocities", 3, 0),
         ("| four walkers |", "walkers", 4, 0),
         ("| triplet of medium sets |", "triplet_medium", 6, 1),
+        ("| triplet of expert sets |", "triplet_expert", 5, 1),
     ],
 )
 def test_sequences(head: str, files: str, count: int, digits: int) -> None:
@@ -140,7 +141,10 @@ def test_sequences(head: str, files: str, count: int, digits: int) -> None:
 
 
 def test_what_carries_the_gain() -> None:
-    sequences = {"triplet_medium": 3, "walkers": 3, "cheetah_vel": 5, "ten_velocities": 3}
+    sequences = {
+        "triplet_medium": 3, "triplet_expert": 3, "walkers": 3, "cheetah_vel": 5,
+        "ten_velocities": 3,
+    }  # fmt: skip
 
     def paired(first: str, second: str, counts: dict[str, int]) -> list[list[float]]:
         both = [
@@ -159,8 +163,8 @@ def test_what_carries_the_gain() -> None:
     check(found[0], per)
     check(found[1], bwt)
     per, bwt = paired("random", "mbes", sequences)
-    (found,) = re.findall(r"\n(.*) below random rows \(14 pairs, .*; BWT -(.*)\)\. \*\*What", TEXT)
-    assert len(per) == 14
+    (found,) = re.findall(r"\n(.*) below random rows \(17 pairs, .*; BWT -(.*); 1,000 rows", TEXT)
+    assert len(per) == 17
     check(found[0], per)
     check(found[1], bwt)
 
