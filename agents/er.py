@@ -66,8 +66,8 @@ class ER(OER):
     ) -> None:
         if config.learner != "td3_bc" or config.learners or config.clone_updates:
             raise UserError(
-                "ER trains td3_bc itself and clones nothing: leave agent.learner, agent.learners "
-                "and agent.clone_updates out"
+                "ER trains td3_bc itself and clones nothing: leave agent.learner and "
+                "agent.learners out, and agent.clone_updates at 0"
             )
         super().__init__(observation_space, action_space, config)
 

@@ -139,7 +139,7 @@ class Memory:
                 self.store(task, {key: rows[:most] for key, rows in part.arrays().items()})
 
     def sample(self, n: int, without: int = -1) -> Batch:
-        """At most `n` rows of all tasks but `without`: memory_obs_K, memory_target_K.
+        """About `n` rows of all tasks but `without`: memory_obs_K, memory_target_K.
 
         All tasks give the same number of rows, one at least.
         """
