@@ -108,10 +108,10 @@ class MultiHead(nn.Module):
         return F.pad(obs, (0, size - obs.shape[-1])) if size != obs.shape[-1] else obs
 
 
-def _each_its_own(layers: Sequence[nn.Module], x: Tensor) -> Tensor:
+def _each_its_own(layers: Sequence[Any], x: Tensor) -> Tensor:
     """K linear layers on (K, B, in) in one product, (K, B, out)."""
-    weights = torch.stack([layer.get_parameter("weight") for layer in layers])
-    biases = torch.stack([layer.get_parameter("bias") for layer in layers])
+    weights = torch.stack([layer.weight for layer in layers])
+    biases = torch.stack([layer.bias for layer in layers])
     return torch.baddbmm(biases[:, None], x, weights.mT)
 
 

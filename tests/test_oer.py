@@ -15,6 +15,7 @@ from rl_shift import config, runs, seeding
 from rl_shift.agents.er import ER
 from rl_shift.agents.oer import OER
 from rl_shift.buffer import Buffer
+from rl_shift.compile import Updater
 from rl_shift.config import Task
 from rl_shift.continual import MultiHead, replay_loss
 from rl_shift.envs.families import SEQUENCES
@@ -230,6 +231,26 @@ def test_tasks_side_by_side_are_those_one_by_one(
     assert {n for n, u in zip(names, used, strict=True) if not u} == {
         n for n in names if n.startswith("heads.1.") or (n.startswith("inputs.1."))
     }
+
+
+@pytest.mark.parametrize("retention", ["replay", "agem"])
+def test_old_tasks_side_by_side_in_both_engines(
+    retention: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(torch, "compile", lambda unit, **_: unit)
+    found = []
+    for mode in ("off", "on"):
+        agent = learn_both(make(retention=retention, selector="random"))
+        with seeding.forked(2):
+            agent.begin_task(task_of("three"), data := data_of(shift=3.0))
+            agent.enter("learner")
+            updater = Updater(agent, mode=mode)
+            for _ in range(2):  # the clone's step is every second one
+                updater(agent.sample(data))
+        assert updater.mode == mode
+        found.append(weights(agent, ""))
+    for key, value in found[0].items():
+        torch.testing.assert_close(value, found[1][key], msg=key)
 
 
 def test_replay_keeps_the_old_policy() -> None:
