@@ -113,7 +113,8 @@ VARIANTS = {
     "OER, random rows, the data's actions": "random_data",
     "all 100,000 rows kept": "all", "A-GEM, random rows": "agem", "EWC": "ewc", "SI": "si",
     "L2": "l2", "LwF, no memory": "lwf", "frozen trunk, layers per task": "frozen",
-    "ER, one network": "er",
+    "ER, one network": "er", "OER, MBES, cloned afterwards": "mbes",
+    "OER, MBES, cloned along the way": "joint",
 }  # fmt: skip
 
 
@@ -125,6 +126,7 @@ VARIANTS = {
         ("| ten velocities |", "ten_velocities", 3, 0),
         ("| four walkers |", "walkers", 4, 0),
         ("| triplet of medium sets |", "triplet_medium", 6, 1),
+        ("| triplet, own learners |", "triplet_whole", 2, 1),
         ("| triplet of expert sets |", "triplet_expert", 5, 1),
     ],
 )
