@@ -113,6 +113,8 @@ VARIANTS = {
     "OER, random rows, the data's actions": "random_data",
     "all 100,000 rows kept": "all", "A-GEM, random rows": "agem", "EWC": "ewc", "SI": "si",
     "L2": "l2", "LwF, no memory": "lwf", "frozen trunk, layers per task": "frozen",
+    "all at once, the data's actions for four": "multitask",
+    "OER, 20 random rows": "random20", "OER, MBES, 20 rows": "mbes20",
     "ER, one network": "er", "OER, MBES, cloned afterwards": "mbes",
     "OER, MBES, cloned along the way": "joint",
 }  # fmt: skip
@@ -121,10 +123,10 @@ VARIANTS = {
 @pytest.mark.parametrize(
     ("head", "files", "count", "digits"),
     [
-        ("| variant | flags | seeds | PER |", "cheetah_vel", 11, 0),
+        ("| variant | flags | seeds | PER |", "cheetah_vel", 12, 0),
         ("| five velocities, own learners |", "own_velocities", 2, 0),
         ("| ten velocities |", "ten_velocities", 3, 0),
-        ("| four walkers |", "walkers", 4, 0),
+        ("| four walkers |", "walkers", 6, 0),
         ("| triplet of medium sets |", "triplet_medium", 6, 1),
         ("| triplet, own learners |", "triplet_whole", 2, 1),
         ("| triplet of expert sets |", "triplet_expert", 5, 1),
@@ -135,7 +137,8 @@ def test_sequences(head: str, files: str, count: int, digits: int) -> None:
     for name, _, seeds, per, bwt, scores in rows(head):
         found = kept([f"oer/{files}.{VARIANTS[name]}.{s}" for s in range(int(seeds))])
         check(per, found[0])
-        check(bwt, found[1])
+        if bwt != "–":  # nothing was learnt in turn
+            check(bwt, found[1])
         within = 0.51 * 10.0**-digits
         assert [float(x) for x in NUMBER.findall(scores)] == pytest.approx(found[2], abs=within)
         seen.add(name)
