@@ -83,7 +83,7 @@ def test_corrected_policies(judge: str) -> None:
         check(corrected, list(after))
         check(paired, list(after - before))
         seen += 1
-    assert seen == 16
+    assert seen == 18
 
 
 # ---- sequences ---------------------------------------------------------------------------------
