@@ -83,9 +83,7 @@ class MultiHead(nn.Module):
             tasks = [task for task, _ in parts]
             return self.side_by_side(tasks, torch.stack([obs for _, obs in parts])).unbind()
         x = torch.cat([self.inputs[self.entrance[task]](obs) for task, obs in parts])
-        for layer in self.trunk:
-            x = layer(F.relu(x))
-        pieces = torch.split(F.relu(x), [len(obs) for _, obs in parts])
+        pieces = torch.split(self.hidden(x), [len(obs) for _, obs in parts])
         return [
             torch.tanh(self.heads[task](piece))
             for (task, _), piece in zip(parts, pieces, strict=True)
@@ -98,9 +96,13 @@ class MultiHead(nn.Module):
             x = self.inputs[entrances[0]](obs)
         else:
             x = _each_its_own([self.inputs[k] for k in entrances], obs)
+        return torch.tanh(_each_its_own([self.heads[task] for task in tasks], self.hidden(x)))
+
+    def hidden(self, x: Tensor) -> Tensor:
+        """From the first layer's outputs, (..., width), to what the heads see."""
         for layer in self.trunk:
             x = layer(F.relu(x))
-        return torch.tanh(_each_its_own([self.heads[task] for task in tasks], F.relu(x)))
+        return F.relu(x)
 
     def fitted(self, obs: Tensor, task: int) -> Tensor:
         """Observations of another task cut or padded with zeros to what `task` takes."""
