@@ -9,6 +9,7 @@ import sys
 import tempfile
 import time
 from pathlib import Path
+from typing import Any
 
 os.environ.setdefault("OMP_NUM_THREADS", "1")  # before NumPy reads it
 
@@ -17,6 +18,15 @@ ENVS = {"hopper": "Hopper-v4", "walker2d": "Walker2d-v4", "halfcheetah": "HalfCh
 POLICY_FILES = {"hopper": "hopper", "walker2d": "walker", "halfcheetah": "halfcheetah"}
 SETS = ("medium", "expert", "mixed", "medium-expert")
 BODIES = {"WalkerRandParams": "walker2d", "HopperRandParams": "hopper"}  # families of bodies
+# Who makes the data of a family with goals: agent, settings, env steps until medium and expert.
+GOAL_AGENTS: dict[str, tuple[str, dict[str, Any], tuple[int, int]]] = {
+    "CheetahVel": ("sac", {}, (80_000, 400_000)),
+    "AntDir": (
+        "ant_dir_sac:AntDirSAC",
+        {"precision": "medium", "agent_config": {"updates_per_collect": 8}},
+        (240_000, 600_000),
+    ),
+}
 # Snapshots whose returns are nearest to D4RL's sets; they share the steps evenly.
 SNAPSHOTS: dict[str, dict[str, tuple[str, ...]]] = {
     "hopper": {"medium": ("3",), "mixed": ("random", "0", "1", "2", "3"), "expert": ("6",)},
@@ -92,9 +102,11 @@ def trained(folder: Path, name: str, env_steps: int) -> None:
     from rl_shift import api, runs
 
     if not (folder / "checkpoints").is_dir():
+        agent, settings, _ = GOAL_AGENTS[name]
         api.train(
-            "sac", env=f"rl_shift/{name}Goals-v0", env_steps=env_steps, run_dir=folder, lanes=8,
+            agent, env=f"rl_shift/{name}Goals-v0", env_steps=env_steps, run_dir=folder, lanes=8,
             compile="on", save_every=40_000, log_every=4000, eval_every=40_000, overwrite=True,
+            **settings,
         )  # fmt: skip
         return
     results = folder / "results.json"
@@ -131,14 +143,15 @@ def sequence(family: str, name: str | None) -> tuple[int, ...]:
 def goal_conditioned(arguments: argparse.Namespace) -> dict[str, str | Path]:
     """Medium and expert of a family with goals: one SAC that sees the goal, early and late."""
     name, out = arguments.family, arguments.out
+    medium_steps, env_steps = GOAL_AGENTS[name][2]
     medium, expert = out / f"{name}.sac-medium", out / f"{name}.sac-expert"
-    trained(medium, name, arguments.medium_steps)
+    trained(medium, name, arguments.medium_steps or medium_steps)
     if not expert.exists():
         copy = expert.with_name(expert.name + ".partial")
         shutil.rmtree(copy, ignore_errors=True)
         shutil.copytree(medium, copy)
         copy.rename(expert)
-    trained(expert, name, arguments.env_steps)
+    trained(expert, name, arguments.env_steps or env_steps)
     return {"medium": medium, "expert": expert}
 
 
@@ -202,12 +215,12 @@ def main() -> int:
     command.add_argument("--seed", type=int, default=0)
     command.set_defaults(run=deep_ope)
     command = commands.add_parser("family", help="members of a family of tasks")
-    command.add_argument("family", choices=("CheetahVel", "AntDir", *BODIES))
+    command.add_argument("family", choices=(*GOAL_AGENTS, *BODIES))
     command.add_argument("--member", action="append", type=int, default=[])
     command.add_argument("--sequence", help="all members of one: cugro, ten, cod-4, cod-6, four")
     command.add_argument("--steps", type=int, default=100_000, help="of each dataset")
-    command.add_argument("--medium-steps", type=int, default=80_000, help="env steps until medium")
-    command.add_argument("--env-steps", type=int, default=400_000, help="env steps until expert")
+    command.add_argument("--medium-steps", type=int, help="env steps until medium; see GOAL_AGENTS")
+    command.add_argument("--env-steps", type=int, help="env steps until expert; see GOAL_AGENTS")
     command.add_argument("--out", type=Path, default=Path("datasets"))
     command.add_argument("--policies", type=Path, help="of families of bodies; see deep-ope")
     command.add_argument("--seed", type=int, default=0)
