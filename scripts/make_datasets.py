@@ -24,7 +24,7 @@ GOAL_AGENTS: dict[str, tuple[str, dict[str, Any], tuple[int, int]]] = {
     "AntDir": (
         "ant_dir_sac:AntDirSAC",
         {"precision": "medium", "agent_config": {"updates_per_collect": 8}},
-        (240_000, 600_000),
+        (200_000, 400_000),
     ),
 }
 # Snapshots whose returns are nearest to D4RL's sets; they share the steps evenly.
