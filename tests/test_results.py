@@ -86,6 +86,36 @@ def test_corrected_policies(judge: str) -> None:
     assert seen == 18
 
 
+def test_corrected_policies_under_shifts() -> None:
+    columns = [
+        *("iql.walker2d-medium", "iql.hopper-mixed"),
+        *("td3_bc.walker2d-medium", "td3_bc.hopper-medium"),
+    ]
+    seen = less = 0
+    for name, *cells in rows("| corrected under a shift |"):
+        shift = "-".join(re.findall(r"^(?:observation )?(\w+) (\S+)", name)[0])
+        shift = shift.replace("noise", "obs_noise")
+        for column, cell in zip(columns, cells, strict=True):
+            if cell == "–":
+                continue
+            plain, shifted = (
+                np.array([[e["score"][0] for e in raw(name)["evaluations"]] for name in names]).T
+                for names in (
+                    [f"cdsa.{column}.{k}.off" for k in range(3)],
+                    [f"shifts/cdsa.{column}.{k}.{shift}" for k in range(3)],
+                )
+            )
+            scores, paired = cell.split(", ")
+            printed = [float(x) for x in scores.split(" -> ")]
+            assert printed == pytest.approx(list(shifted.mean(1)), abs=0.051)
+            check(paired, list(shifted[1] - shifted[0]))
+            off, on = plain.mean(1) - shifted.mean(1)
+            less += int(on < off)
+            seen += 1
+    assert seen == 22
+    assert f"loses less in {less} of these 22 cells" in TEXT
+
+
 # ---- sequences ---------------------------------------------------------------------------------
 
 
