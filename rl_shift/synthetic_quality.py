@@ -288,31 +288,42 @@ def costs(presets: Sequence[str], obs: int, action: int, timed: int = 0) -> list
 
 
 def picture(results: dict[str, Any], path: Path) -> None:
-    """Dynamics error over likelihood and over the step within the window; a few trajectories."""
-    figure = plotting.figure(11, 3.3)
-    left, right, paths = figure.subplots(1, 3)
-    guided = results["guided"]
+    """Dynamics error over likelihood; where windows have several steps also over the step."""
+    several = results["window"] > 2
+    figure = plotting.figure(11 if several else 4.4, 3.3)
+    panels = list(figure.subplots(1, 3)) if several else [figure.add_subplot()]
+    guided, model = results["guided"], results.get("model")
     x = [row["log_likelihood"] for row in guided]
     y = [row["dynamics_mse"] for row in guided]
-    left.plot(x, y, "o-", label="diffusion, guided")
+    panels[0].plot(x, y, "o-", label="diffusion, guided")
     for row, at in zip(guided, zip(x, y, strict=True), strict=True):
-        left.annotate(f"{row['coefficient']:g}", at, xytext=(3, 4), textcoords="offset points")
-        right.plot(
-            range(1, len(row["by_step"]) + 1), row["by_step"], label=f"{row['coefficient']:g}"
-        )
+        text = f"{row['coefficient']:g}"
+        panels[0].annotate(text, at, xytext=(3, 4), textcoords="offset points")
+    if model is not None:
+        point = [model["log_likelihood"]], [model["dynamics_mse"]]
+        panels[0].plot(*point, "s", label="ensemble, rolled")
+    panels[0].set(
+        xlabel="log-likelihood under the policy", ylabel="dynamics error (MSE / variance)"
+    )
+    if several:
+        draw_steps(results, *panels[1:])
+    for axes in panels:
+        axes.grid(alpha=0.3)
+        axes.legend(frameon=False, fontsize=8)
+    plotting.save(figure, path)
+
+
+def draw_steps(results: dict[str, Any], errors: Any, paths: Any) -> None:
+    """Dynamics error and first observation over the step within the window, on two axes."""
+    guided = results["guided"]
+    lines = [(f"{row['coefficient']:g}", row["by_step"], "-") for row in guided]
     if "model" in results:
-        model = results["model"]
-        left.plot([model["log_likelihood"]], [model["dynamics_mse"]], "s", label="ensemble, rolled")
-        steps = range(1, len(model["by_step"]) + 1)
-        right.plot(steps, model["by_step"], "k--", label="ensemble")
-    left.set(xlabel="log-likelihood under the policy", ylabel="dynamics error (MSE / variance)")
-    right.set(xlabel="step within the window", yscale="log")
+        lines.append(("ensemble", results["model"]["by_step"], "k--"))
+    for label, values, style in lines:
+        errors.plot(range(1, len(values) + 1), values, style, label=label)
+    errors.set(xlabel="step within the window", yscale="log")
     drawn = [("data", results["data"], "grey"), ("generated", guided[-1], "tab:blue")]
     for name, row, colour in drawn:
         for k, values in enumerate(row["paths"]):
             paths.plot(values, color=colour, alpha=0.6, label=name if k == 0 else None)
     paths.set(xlabel="step within the window", ylabel="first observation")
-    for axes in (left, right, paths):
-        axes.grid(alpha=0.3)
-        axes.legend(frameon=False, fontsize=8)
-    plotting.save(figure, path)

@@ -16,6 +16,7 @@ cost       FLOP of one generation in PGD's presets, and what their samplers do t
 from __future__ import annotations
 
 import argparse
+import json
 import sys
 from pathlib import Path
 from typing import Any
@@ -23,7 +24,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from rl_shift import datasets, held_out, plotting, runs, synthetic_quality, tanh_gaussian
+from rl_shift import atomic, datasets, held_out, plotting, runs, synthetic_quality, tanh_gaussian
 from rl_shift.buffer import Buffer
 from rl_shift.errors import UserError
 from rl_shift.score import correct_action
@@ -112,6 +113,7 @@ def main(argv: list[str] | None = None) -> int:
     for_synthetic.add_argument("--windows", type=int, default=256)
     for_synthetic.add_argument("--moves", type=int, default=2000, help="transitions replayed")
     for_synthetic.add_argument("--picture", type=Path, help="PNG to write")
+    for_synthetic.add_argument("--json", type=Path, metavar="FILE", help="also write the rows here")
     for_cost = commands.add_parser("cost", help="FLOP and sampling error of PGD's presets")
     for_cost.add_argument("--obs", type=int, default=17, help="width of an observation")
     for_cost.add_argument("--action", type=int, default=6, help="width of an action")
@@ -153,6 +155,9 @@ def print_synthetic(given: argparse.Namespace) -> None:
         print(f"{name:>16}" + "".join(f"{row[key]:>17.4f}" for key in keys))
     if given.picture is not None:
         synthetic_quality.picture(result, given.picture)
+    if given.json is not None:
+        with atomic.replacing(given.json, "give --json FILE") as partial:
+            partial.write_text(json.dumps(result, indent=1) + "\n")
 
 
 def print_cost(given: argparse.Namespace) -> None:

@@ -1,6 +1,7 @@
 """Quality of generated trajectories: exact replay of real ones, reports over the strength."""
 
 import importlib.util
+import json
 from pathlib import Path
 from typing import Any
 
@@ -100,9 +101,15 @@ def test_the_script_compares_strengths(
     path = tmp_path / "tradeoff.png"
     argv = ["synthetic", found[0], "--coefficients", "0", "16", "--model", found[1]]
     argv += ["--windows", "24", "--moves", "60", "--picture", str(path)]
+    argv += ["--json", str(tmp_path / "rows.json")]
     assert script.main(argv) == 0
     out = capsys.readouterr().out
     assert "coefficient 16" in out and "ensemble" in out
+    assert path.stat().st_size > 5000
+    rows = json.loads((tmp_path / "rows.json").read_text())
+    assert [row["coefficient"] for row in rows["guided"]] == [0, 16]
+    assert f"{rows['model']['dynamics_mse']:.4f}" in out
+    synthetic_quality.picture(rows | {"window": 2}, path)  # one step each: nothing over the step
     assert path.stat().st_size > 5000
     assert script.main(["synthetic", found[1]]) == 2
     assert "no run that learnt to generate trajectories" in capsys.readouterr().err
