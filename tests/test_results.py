@@ -71,7 +71,7 @@ def test_the_sweep() -> None:
 
 @pytest.mark.parametrize("judge", ["off", "value"])
 def test_corrected_policies(judge: str) -> None:
-    agents = {"IQL": "iql", "TD3+BC": "td3_bc"}
+    agents = {"IQL": "iql", "TD3+BC": "td3_bc", "ReBRAC": "rebrac"}
     seen = 0
     for name, data, mode, without, corrected, paired, _, _ in rows("| base | data | judge |"):
         if mode != judge:
@@ -83,7 +83,7 @@ def test_corrected_policies(judge: str) -> None:
         check(corrected, list(after))
         check(paired, list(after - before))
         seen += 1
-    assert seen == 18
+    assert seen == 20
 
 
 def test_corrected_policies_under_shifts() -> None:
