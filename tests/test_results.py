@@ -141,6 +141,7 @@ VARIANTS = {
     "fine-tuning": "finetune", "OER, random rows": "random", "OER, MBES": "mbes",
     "OER, 5,000 random rows": "random5000", "OER, MBES, 5,000 rows": "mbes5000",
     "OER, random rows, the data's actions": "random_data",
+    "OER, MBES, the data's actions": "mbes_data",
     "all 100,000 rows kept": "all", "A-GEM, random rows": "agem", "EWC": "ewc", "SI": "si",
     "L2": "l2", "LwF, no memory": "lwf", "frozen trunk, layers per task": "frozen",
     "all at once, the data's actions for four": "multitask",
@@ -156,6 +157,8 @@ VARIANTS = {
         ("| variant | flags | seeds | PER |", "cheetah_vel", 12, 0),
         ("| five velocities, own learners |", "own_velocities", 2, 0),
         ("| ten velocities |", "ten_velocities", 3, 0),
+        ("| four directions |", "ant_dir", 11, 0),
+        ("| four directions, own learners |", "ant_dir_whole", 1, 0),
         ("| four walkers |", "walkers", 6, 0),
         ("| triplet of medium sets |", "triplet_medium", 6, 1),
         ("| triplet, own learners |", "triplet_whole", 2, 1),
@@ -178,7 +181,7 @@ def test_sequences(head: str, files: str, count: int, digits: int) -> None:
 def test_what_carries_the_gain() -> None:
     sequences = {
         "triplet_medium": 3, "triplet_expert": 3, "walkers": 3, "cheetah_vel": 5,
-        "ten_velocities": 3,
+        "ten_velocities": 3, "ant_dir": 5,
     }  # fmt: skip
 
     def paired(first: str, second: str, counts: dict[str, int]) -> list[list[float]]:
@@ -191,15 +194,15 @@ def test_what_carries_the_gain() -> None:
             for i in (0, 1)
         ]
 
-    targets = dict.fromkeys(("triplet_medium", "walkers", "cheetah_vel"), 3)
+    targets = dict.fromkeys(("triplet_medium", "walkers", "cheetah_vel", "ant_dir"), 3)
     per, bwt = paired("random", "random_data", targets)
-    assert len(per) == 9 and min(per) > 0
+    assert len(per) == 12 and min(per) > 0
     (found,) = re.findall(r"own actions end (.*) points of PER above .*; BWT (.*)\), MBES", TEXT)
     check(found[0], per)
     check(found[1], bwt)
-    per, bwt = paired("random", "mbes", sequences)
-    (found,) = re.findall(r"\n(.*) below random rows \(17 pairs, .*; BWT -(.*); 1,000 rows", TEXT)
-    assert len(per) == 17
+    per, bwt = paired("mbes", "random", sequences)
+    (found,) = re.findall(r"MBES\n(\S+ ± \S+) from random rows \(22 pairs, BWT (.*?);", TEXT)
+    assert len(per) == 22
     check(found[0], per)
     check(found[1], bwt)
 
