@@ -1,4 +1,8 @@
-"""SAC for the directions of Ant-Dir: what happened in one direction teaches all of them."""
+"""SAC for the directions of Ant-Dir: what happened in one direction teaches all of them.
+
+`scripts/make_datasets.py family AntDir` trains it. To use its run elsewhere, as with
+`rl-shift evaluate datasets/AntDir.sac-expert`, set PYTHONPATH=scripts.
+"""
 
 from __future__ import annotations
 
