@@ -116,6 +116,22 @@ def test_corrected_policies_under_shifts() -> None:
     assert f"loses less in {less} of these 22 cells" in TEXT
 
 
+def test_what_guidance_trades() -> None:
+    found = [raw(f"pgd/tradeoff.halfcheetah-medium.{s}") for s in range(3)]
+    named = {"data": [r["data"] for r in found], "ensemble, one step": [r["model"] for r in found]}
+    for k, strength in enumerate((0, 1, 4, 16, 64)):
+        named[f"coefficient {strength}" if strength else "unguided"] = [
+            r["guided"][k] for r in found
+        ]
+    keys = ("log_likelihood", "spread", "dynamics_mse", "dynamics_median", "distance")
+    seen = 0
+    for name, *cells in rows("| halfcheetah-medium, windows of 2 |"):
+        for key, digits, cell in zip(keys, (3, 3, 4, 4, 3), cells, strict=True):
+            check(cell, [row[key] for row in named[name]], digits)
+        seen += 1
+    assert seen == len(named)
+
+
 # ---- sequences ---------------------------------------------------------------------------------
 
 
