@@ -164,6 +164,9 @@ VARIANTS = {
     "OER, 20 random rows": "random20", "OER, MBES, 20 rows": "mbes20",
     "ER, one network": "er", "OER, MBES, cloned afterwards": "mbes",
     "OER, MBES, cloned along the way": "joint",
+    "whole episodes, best first": "return", "highest rewards": "reward",
+    "largest TD errors": "surprise", "k-center": "coverage", "reservoir": "matching",
+    "herding": "herding", "nearest to the policy's actions": "policy_match",
 }  # fmt: skip
 
 
@@ -174,6 +177,7 @@ VARIANTS = {
         ("| five velocities, own learners |", "own_velocities", 2, 0),
         ("| ten velocities |", "ten_velocities", 3, 0),
         ("| four directions |", "ant_dir", 11, 0),
+        ("| four directions, rows chosen by |", "ant_dir", 7, 0),
         ("| four directions, own learners |", "ant_dir_whole", 1, 0),
         ("| four walkers |", "walkers", 6, 0),
         ("| triplet of medium sets |", "triplet_medium", 6, 1),
