@@ -65,6 +65,9 @@ class Loggers:
             values: numbers by tag.
             updates: the agent's updates so far; `step` if not given.
             env_steps: environment steps so far.
+
+        Raises:
+            UserError: the disk is full, or the run folder is no longer where it was.
         """
         clock = {
             "step": step,
@@ -74,17 +77,22 @@ class Loggers:
         }
         numbers = {name: float(value) for name, value in values.items()}
         safe = {name: x if math.isfinite(x) else None for name, x in numbers.items()}
+        path = self.run_dir / METRICS
+        if not path.exists():
+            raise UserError(
+                f"{path} was moved or deleted while the run was writing to it; put {self.run_dir} "
+                "back and resume, or resume it under its new name"
+            )
         try:
             self._lines.write(json.dumps(clock | safe) + "\n")
             self._lines.flush()
+            writer = self._writer()
+            for name, number in numbers.items():
+                writer.add_scalar(name, number, step)
         except OSError as error:
-            path = self.run_dir / METRICS
             raise UserError(
                 f"cannot write {path}: {error.strerror}; make room and resume"
             ) from error
-        writer = self._writer()
-        for name, number in numbers.items():
-            writer.add_scalar(name, number, step)
 
     def flush(self) -> None:
         """Hand everything to the system; called with every checkpoint, so a kill loses nothing."""
@@ -93,10 +101,11 @@ class Loggers:
 
     def close(self) -> None:
         """Flush and close both logs."""
-        with suppress(OSError):  # a full disk was reported by `log`
+        with suppress(OSError):  # reported by `log`
             self._lines.close()
         if self._tensorboard is not None:
-            self._tensorboard.close()
+            with suppress(OSError):
+                self._tensorboard.close()
 
     def _writer(self) -> SummaryWriter:
         if self._tensorboard is None:

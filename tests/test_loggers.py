@@ -238,3 +238,15 @@ def test_message_without_a_terminal():
 )
 def test_slow_rates_keep_two_digits(rate, text):
     assert loggers.rate_text(rate) == text
+
+
+def test_a_folder_that_is_renamed_while_it_is_written(tmp_path):
+    log = Loggers(tmp_path / "run")
+    log.log(1, {"a": 1.0})
+    log.flush()
+    (tmp_path / "run").rename(tmp_path / "other")
+    with pytest.raises(UserError, match=r"run.* moved or deleted .*resume"):
+        log.log(2, {"a": 1.0})
+    log.close()
+    assert not (tmp_path / "run").exists()
+    assert len(read_metrics(tmp_path / "other" / "metrics.jsonl")) == 1
