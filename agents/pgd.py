@@ -51,7 +51,6 @@ class PGD(Wrapper):
     p(window)    ~ behaviour(window) prod_t pi(a_t|s_t)^lambda
     """
 
-    stackable = False  # what is generated belongs to one seed
     limits: ClassVar[Mapping[str, tuple[float, float]]] = {
         **Wrapper.limits,
         "stride": (1, math.inf),
@@ -175,8 +174,7 @@ class PGD(Wrapper):
 
     def generate(self, count: int, guided: bool) -> Tensor:
         """Encoded windows of the behaviour, or of the behaviour near the policy, (count, T, d)."""
-        shape = (count, self.config.window, self.codec.width)
-        noise = torch.randn(shape, dtype=self.codec.mean.dtype, device=self.codec.mean.device)
+        noise = torch.randn_like(self.codec.mean.expand(count, self.config.window, -1))
         if not guided:
             return self.sampler(self.averaged, noise)
         return self.form.sample(
@@ -192,12 +190,22 @@ class PGD(Wrapper):
     def tune(self) -> None:
         """Move the strength towards the spread that is asked for."""
         for _ in range(PROBES):
-            rows = self.codec.transitions(self.generate(PROBE_WINDOWS, True))
-            spread = self.deviation(rows)
-            self.coefficient.copy_(tuned(self.coefficient, spread, self.config.spread))
+            self.coefficient.copy_(self.run(self.probe))
+
+    def probe(self) -> Tensor:
+        """A better strength than the present one, by the spread of a few windows, ()."""
+        rows = self.codec.transitions(self.generate(PROBE_WINDOWS, True))
+        return tuned(self.coefficient, self.deviation(rows), self.config.spread)
+
+    def rows(self, count: int, guided: bool) -> tuple[Batch, Batch]:
+        """Generated transitions with their likelihood under the policy, and last rows."""
+        x = self.generate(count, guided)
+        rows = self.codec.transitions(x)
+        rows["log_likelihood"] = log_likelihood(self.base.distribution(rows["obs"]), rows["action"])
+        return rows, self.codec.last(x)
 
     def synthesise(self) -> Batch:
-        """Fill one block of the ring; gives its rows with what is worth knowing about them."""
+        """Fill one block of the ring; gives its rows."""
         guided = self.stage == "guided"
         fraction = self.config.refresh_fraction if guided else 1.0
         since = self.synthetic.blocks - self.blocks(1.0)  # the first generation is unguided
@@ -205,11 +213,8 @@ class PGD(Wrapper):
         with self.synthetic.noise():
             if guided and self.config.spread and begins:
                 self.tune()
-            x = self.generate(self.block(fraction), guided)
-        rows = self.codec.transitions(x)
-        endings = self.codec.endings(x)
-        self.synthetic.extend({key: torch.cat([rows[key], endings[key]]) for key in rows})
-        rows["log_likelihood"] = log_likelihood(self.base.distribution(rows["obs"]), rows["action"])
+            rows, last = self.run(self.rows, self.block(fraction), guided)
+        self.synthetic.extend(rows, last)
         return rows
 
     def block(self, fraction: float) -> int:
@@ -276,8 +281,7 @@ class PGD(Wrapper):
                 self.find_starts(buffer)
             return buffer.windows(self.config.denoiser_batch, self.config.window, self.starts)
         if self.stage in ("unguided", "guided"):
-            rows: Batch = self.run(self.synthesise)
-            return rows
+            return self.synthesise()
         return self.base.sample(self.synthetic.mixed(buffer, self.config.real_fraction))
 
     def update(self, batch: Batch) -> Metrics:
@@ -287,9 +291,13 @@ class PGD(Wrapper):
             self.polyak("behaviour", "averaged", self.config.average)
             return metrics
         if self.stage in ("unguided", "guided"):
-            return described(batch) | {
-                "log_likelihood": batch["log_likelihood"].mean(),
-                "saturated": (batch["action"].abs() > 0.99).to(batch["reward"]).mean(),
-                "coefficient": self.coefficient.clone(),
-            }
+            return dict(self.run(self.described, batch))
         return super().update(batch)
+
+    def described(self, rows: Batch) -> Metrics:
+        """What is worth knowing about generated rows."""
+        return described(rows) | {
+            "log_likelihood": rows["log_likelihood"].mean(),
+            "saturated": (rows["action"].abs() > 0.99).to(rows["reward"]).mean(),
+            "coefficient": self.coefficient.clone(),
+        }

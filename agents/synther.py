@@ -34,7 +34,6 @@ class SynthER(Wrapper):
     L(denoiser) = E (sigma^2 + 1) / sigma^2 (D(y + sigma eps; sigma) - y)^2
     """
 
-    stackable = False  # what is generated belongs to one seed
     reusable: ClassVar[Mapping[str, tuple[str, ...]]] = {
         "denoiser": ("codec", "behaviour", "averaged")
     }
@@ -90,13 +89,16 @@ class SynthER(Wrapper):
         loss = self.behaviour.loss(self.codec.encode(batch))
         return loss, {"loss": loss}
 
+    def rows(self, count: int) -> Batch:
+        """Generated transitions."""
+        noise = torch.randn_like(self.codec.mean.expand(count, -1))
+        return self.codec.decode(self.sampler(self.averaged, noise))
+
     def synthesise(self) -> Batch:
         """Fill one block of the ring; gives its rows."""
         count = max(1, round(self.config.samples / self.config.synthesis_updates))
-        mean = self.codec.mean
         with self.synthetic.noise():
-            noise = torch.randn((count, len(mean)), dtype=mean.dtype, device=mean.device)
-            rows = self.codec.decode(self.sampler(self.averaged, noise))
+            rows: Batch = self.run(self.rows, count)
         self.synthetic.extend(rows)
         return rows
 
@@ -129,8 +131,7 @@ class SynthER(Wrapper):
         if self.stage == "denoiser":
             return buffer.sample(self.config.denoiser_batch)
         if self.stage == "synthesise":
-            rows: Batch = self.run(self.synthesise)
-            return rows
+            return self.synthesise()
         return self.base.sample(self.synthetic.mixed(buffer, self.config.real_fraction))
 
     def update(self, batch: Batch) -> Metrics:
@@ -140,5 +141,5 @@ class SynthER(Wrapper):
             self.polyak("behaviour", "averaged", self.config.average)
             return metrics
         if self.stage == "synthesise":
-            return described(batch)
+            return dict(self.run(described, batch))
         return super().update(batch)

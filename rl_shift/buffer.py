@@ -585,29 +585,59 @@ class Buffer:
             self._blocks[n, length] = _Block(index, batches, int(saved["cursor"]))
 
 
+class PerSeed:
+    """Reads from one buffer per stacked seed, all of one layout; batches are (S, n, ...)."""
+
+    def __init__(self, buffers: Sequence[Buffer]) -> None:
+        """Read from `buffers`, the k-th for the k-th seed."""
+        self.buffers = list(buffers)
+        self.spec, self.keys = self.buffers[0].spec, self.buffers[0].keys
+        self.seeds = tuple(seed for buffer in self.buffers for seed in buffer.seeds)
+
+    def __len__(self) -> int:
+        """Rows of all buffers."""
+        return sum(len(buffer) for buffer in self.buffers)
+
+    def sample(self, n: int) -> Batch:
+        """Uniform transitions, (S, n, ...)."""
+        return self._stack([buffer.sample(n) for buffer in self.buffers])
+
+    def windows(self, n: int, length: int) -> Batch:
+        """Uniform windows, (S, n, length, ...)."""
+        return self._stack([buffer.windows(n, length) for buffer in self.buffers])
+
+    def latest(self, length: int) -> Batch:
+        """The last rows of every lane, (S, lanes, length, ...)."""
+        return self._stack([buffer.latest(length) for buffer in self.buffers])
+
+    def _stack(self, batches: list[Batch]) -> Batch:
+        return {key: torch.stack([batch[key] for batch in batches]) for key in batches[0]}
+
+
 class Mixture:
     """Reads from several buffers at once, each giving a fixed fraction of every batch.
 
     The keys are those that all buffers have. "index" counts within the buffer a row came from.
     """
 
-    def __init__(self, parts: Sequence[tuple[Buffer, float]]) -> None:
+    def __init__(self, parts: Sequence[tuple[Buffer | PerSeed, float]]) -> None:
         """Mix `parts`, (buffer, fraction) each; fractions are taken relative to their sum."""
         total = sum(fraction for _, fraction in parts)
         if total <= 0 or any(fraction < 0 for _, fraction in parts):
             raise ValueError(f"fractions {[fraction for _, fraction in parts]} mix nothing")
         self.parts = [(buffer, fraction / total) for buffer, fraction in parts if fraction > 0]
-        self.buffers = [buffer for buffer, _ in self.parts]
-        if len({buffer.seeds for buffer in self.buffers}) > 1:
+        self.sources = [source for source, _ in self.parts]
+        self.buffers = [source for source in self.sources if isinstance(source, Buffer)]
+        if len({source.seeds for source in self.sources}) > 1:
             raise ValueError("the buffers of a mixture must have the same seeds")
-        first = self.buffers[0]
-        self.keys = tuple(k for k in first.keys if all(k in b.spec for b in self.buffers))
+        first = self.sources[0]
+        self.keys = tuple(k for k in first.keys if all(k in s.spec for s in self.sources))
         self.seeds = first.seeds
         self._counts: dict[int, list[int]] = {}
 
     def __len__(self) -> int:
         """Rows of all buffers."""
-        return sum(len(buffer) for buffer in self.buffers)
+        return sum(len(source) for source in self.sources)
 
     def split(self, n: int) -> list[int]:
         """How many of `n` each buffer gives: largest remainders, and at least one each."""
@@ -629,16 +659,16 @@ class Mixture:
     def sample(self, n: int) -> Batch:
         """Uniform transitions of every buffer, (n, ...), in the order of the buffers."""
         counts = self.split(n)
-        return self._join([b.sample(c) for b, c in zip(self.buffers, counts, strict=True)])
+        return self._join([s.sample(c) for s, c in zip(self.sources, counts, strict=True)])
 
     def windows(self, n: int, length: int) -> Batch:
         """Uniform windows of every buffer, (n, length, ...), in the order of the buffers."""
         counts = self.split(n)
-        return self._join([b.windows(c, length) for b, c in zip(self.buffers, counts, strict=True)])
+        return self._join([s.windows(c, length) for s, c in zip(self.sources, counts, strict=True)])
 
     def latest(self, length: int) -> Batch:
         """The last rows of every lane of every buffer, (sum of lanes, length, ...)."""
-        return self._join([buffer.latest(length) for buffer in self.buffers])
+        return self._join([source.latest(length) for source in self.sources])
 
     def _join(self, batches: list[Batch]) -> Batch:
         axis = 0 if len(self.seeds) == 1 else 1

@@ -1,12 +1,13 @@
 """Generated transitions for an agent that learns from them and from real ones in turn.
 
-Shared by the agents that generate: a ring of generated rows, part of the checkpoint, the stages in
-which generating and learning take turns, and noise that leaves the training's own untouched.
+Shared by the agents that generate: a ring of generated rows per seed, part of the checkpoint, the
+stages in which generating and learning take turns, and noise that leaves the training's own
+untouched.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any
 
@@ -16,12 +17,12 @@ from torch import Tensor
 
 from rl_shift import seeding
 from rl_shift.agent import Agent, Batch, Metrics, Stage
-from rl_shift.buffer import Buffer, Mixture, transition_spec
+from rl_shift.buffer import Buffer, Mixture, PerSeed, transition_spec
 from rl_shift.errors import UserError
 
 
 class Synthetic:
-    """A ring of generated rows beside the real data; empty until a task begins.
+    """A ring of generated rows per seed beside the real data; empty until a task begins.
 
     Args:
         observation_space: of the rows.
@@ -41,57 +42,75 @@ class Synthetic:
                 "generated rows do not have: choose another base"
             )
         self.spaces = observation_space, action_space
-        self.ring: Buffer | None = None
+        self.rings: list[Buffer] = []
         self.task, self.blocks = -1, 0
 
     def begin(self, rows: int, real: Buffer) -> None:
-        """An empty ring for the next task, on the device and with the seeds of its real data."""
+        """Empty rings for the next task, on the device and with the seeds of its real data."""
         self._make(rows, real.device, real.seeds)
         self.task, self.blocks = self.task + 1, 0
 
-    def _make(self, rows: int, device: torch.device, seeds: tuple[int, ...]) -> Buffer:
+    def _make(self, rows: int, device: torch.device, seeds: Sequence[int]) -> None:
         spec = transition_spec(*self.spaces)
-        self.ring = Buffer(spec, rows, device=device, seeds=seeds, stream="synthetic")
-        return self.ring
+        self.rings = [
+            Buffer(spec, rows, device=device, seeds=(seed,), stream="synthetic") for seed in seeds
+        ]
 
     @contextmanager
     def noise(self) -> Iterator[None]:
-        """Generate under the next noise stream of this ring; the training's stays as it is."""
-        assert self.ring is not None
-        seed = seeding.child(self.ring.seeds[0], "synthesis", self.task, self.blocks)
+        """Generate under the next noise stream of the rings; the training's stays as it is."""
+        seed = seeding.child(self.rings[0].seeds[0], "synthesis", self.task, self.blocks)
         self.blocks += 1
         with seeding.forked(seed):
             yield
 
-    def extend(self, rows: Mapping[str, Tensor]) -> None:
-        """Append rows, (N, ...) each; where they end within an episode is not marked."""
-        assert self.ring is not None
-        flags = torch.zeros_like(rows["terminated"])
-        task = torch.full_like(flags, self.task, dtype=torch.int64)
-        self.ring.extend({**rows, "truncated": flags, "task": task})
+    def extend(self, rows: Mapping[str, Tensor], last: Mapping[str, Tensor] | None = None) -> None:
+        """Append rows, (N, ...) each, or (S, N, ...) for S seeds.
+
+        Where they end within an episode is not marked.
+
+        Args:
+            rows: transitions.
+            last: last rows of windows, appended after them where they terminate: windows terminate
+                in their last row only, so there would be no termination without these (our design).
+        """
+        for k, ring in enumerate(self.rings):
+            own, ends = (
+                {key: values if len(self.rings) == 1 else values[k] for key, values in part.items()}
+                for part in (rows, last or {})
+            )
+            if ends:
+                ends = {key: values[ends["terminated"]] for key, values in ends.items()}
+                own = {key: torch.cat([own[key], values]) for key, values in ends.items()}
+            flags = torch.zeros_like(own["terminated"])
+            task = torch.full_like(flags, self.task, dtype=torch.int64)
+            ring.extend({**own, "truncated": flags, "task": task})
 
     def mixed(self, real: Buffer | Mixture, fraction: float) -> Mixture:
         """Generated and real rows, the latter at this fraction."""
-        assert self.ring is not None and isinstance(real, Buffer)
-        return Mixture([(self.ring, 1 - fraction), (real, fraction)])
+        assert self.rings and isinstance(real, Buffer)
+        made = self.rings[0] if len(self.rings) == 1 else PerSeed(self.rings)
+        return Mixture([(made, 1 - fraction), (real, fraction)])
 
     def state(self) -> dict[str, Any]:
-        """Rows, generators and counters, with what it takes to make the ring again."""
-        if self.ring is None:
+        """Rows, generators and counters, with what it takes to make the rings again."""
+        if not self.rings:
             return {}
         return {
-            "ring": self.ring.state(),
+            "rings": {str(k): ring.state() for k, ring in enumerate(self.rings)},
             "task": self.task,
             "blocks": self.blocks,
-            "capacity": self.ring.capacity,
-            "seeds": list(self.ring.seeds),
+            "capacity": self.rings[0].capacity,
+            "seeds": [seed for ring in self.rings for seed in ring.seeds],
         }
 
     def load_state(self, state: Mapping[str, Any], device: torch.device) -> None:
         """Continue where `state` was taken."""
         if state:
-            seeds = tuple(int(seed) for seed in state["seeds"])
-            self._make(int(state["capacity"]), device, seeds).load_state(state["ring"])
+            self._make(int(state["capacity"]), device, [int(seed) for seed in state["seeds"]])
+            saved = state.get("rings") or {"0": state["ring"]}  # older checkpoints: one seed
+            for k, ring in enumerate(self.rings):
+                ring.load_state(saved[str(k)])
             self.task, self.blocks = int(state["task"]), int(state["blocks"])
 
 

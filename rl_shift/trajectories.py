@@ -105,10 +105,11 @@ class TrajectoryCodec(nn.Module):
 
     def fit(self, buffer: Buffer, starts: Tensor) -> None:
         """Take mean and std over the windows at `starts`; constant columns get std 1."""
+        length = int(self.window.flatten()[0])  # of several stacked seeds the same
         ones = torch.ones(len(starts), dtype=torch.float64, device=starts.device)
         edges = torch.zeros(len(buffer) + 1, dtype=torch.float64, device=starts.device)
-        edges.index_add_(0, starts, ones).index_add_(0, starts + self.window, -ones)
-        weight = edges.cumsum(0)[:-1, None] / (len(starts) * self.window)  # windows over each row
+        edges.index_add_(0, starts, ones).index_add_(0, starts + length, -ones)
+        weight = edges.cumsum(0)[:-1, None] / (len(starts) * length)  # windows over each row
         rows = self._rows(buffer.arrays()).double()
         mean = (weight * rows).sum(0)
         std = (weight * (rows - mean).square()).sum(0).sqrt()
@@ -144,15 +145,11 @@ class TrajectoryCodec(nn.Module):
         rows["next_obs"] = rows["obs"][:, 1:]
         return {key: value[:, : x.shape[1] - 1].flatten(0, 1) for key, value in rows.items()}
 
-    def endings(self, x: Tensor) -> Batch:
-        """Last rows that terminate, as transitions; `next_obs` is their own obs, no one reads it.
-
-        The data's windows terminate in their last row only: without these rows there would be no
-        termination in what is generated (our design).
-        """
+    def last(self, x: Tensor) -> Batch:
+        """Last rows, (B, T, d) -> (B, ...); `next_obs` is their own obs: use them if terminated."""
         rows = {key: value[:, -1] for key, value in self.decode(x).items()}
         rows["next_obs"] = rows["obs"]
-        return {key: value[rows["terminated"]] for key, value in rows.items()}
+        return rows
 
 
 class TransitionCodec(nn.Module):

@@ -22,6 +22,8 @@ from torch.nn import functional as F
 
 from rl_shift import agents, checkpoint, seeding, separate_seeds, trainer
 from rl_shift.agent import Agent, Batch, Metrics, Stage, Wrapper
+from rl_shift.agents.pgd import PGD
+from rl_shift.agents.synther import SynthER
 from rl_shift.buffer import Buffer, Mixture, transition_spec
 from rl_shift.compile import Updater
 from rl_shift.config import RunConfig, Task
@@ -603,11 +605,13 @@ def test_stacked_seeds_are_the_separate_ones(name: str, on: str, still_noise: No
     separate = []
     for seed in seeds:
         alone = make(name, on, 1, first=seed)
-        begin(alone, on, data_for(alone, on))
+        begin(alone, on, data_for(alone, on, (seed,)))
         separate.append(double(alone))
     stacked = type(separate[0]).stacked(separate)
-    generator = torch.default_generator.get_state()
-    learn(stacked, on, data_for(stacked, on, seeds), 10, change=double_batch)
+    generator, data = torch.default_generator.get_state(), data_for(stacked, on, seeds)
+    if isinstance(stacked, PGD | SynthER):  # a ring for each seed
+        stacked.synthetic.begin(stacked.synthetic.rings[0].capacity, data)
+    learn(stacked, on, data, 10, change=double_batch)
     for k, (seed, alone) in enumerate(zip(seeds, separate, strict=True)):
         learn(alone, on, data_for(alone, on, (seed,)), 10, change=double_batch)
         assert_close(stacked.select(k), alone, 1e-9)

@@ -94,7 +94,7 @@ def test_synther_learns_from_generated_rows_alone() -> None:
     for _ in range(3):
         rows = agent.sample(buffer)
         assert rows["terminated"].dtype == torch.bool and rows["action"].abs().max() <= 1
-    assert len(agent.synthetic.ring) == 60
+    assert len(agent.synthetic.rings[0]) == 60
     stage(agent, "offline")
     batch = agent.sample(buffer)
     assert batch["obs"].shape == (256, OBS)
@@ -116,7 +116,7 @@ def test_the_ring_keeps_the_last_rounds() -> None:
     kept = torch.zeros(0, OBS)
     for k in range(6):
         rounds.append(torch.cat([agent.sample(buffer)["obs"] for _ in range(2)]))
-        kept = agent.synthetic.ring.arrays()["obs"]
+        kept = agent.synthetic.rings[0].arrays()["obs"]
         assert len(kept) == min(k + 1, 5) * 20
         assert kept.any(1).all()  # no row of zeros
     rows = {tuple(row) for row in kept.tolist()}

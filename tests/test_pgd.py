@@ -235,7 +235,9 @@ def test_likelihood_by_hand() -> None:
 # ---- windows -----------------------------------------------------------------------------------
 
 
-def episodes(lengths: list[int], terminated: list[bool], seed: int = 0) -> Buffer:
+def episodes(
+    lengths: list[int], terminated: list[bool], seed: int = 0, seeds: tuple[int, ...] = (0,)
+) -> Buffer:
     """Episodes whose rows are numbered in obs[0]; the reward is half of it, obs[2] is constant."""
     rng = np.random.default_rng(seed)
     rows = sum(lengths)
@@ -252,7 +254,7 @@ def episodes(lengths: list[int], terminated: list[bool], seed: int = 0) -> Buffe
     arrays["next_obs"] = np.roll(arrays["obs"], -1, 0)
     for end, final in zip(ends, terminated, strict=True):
         arrays["terminated" if final else "truncated"][end] = True
-    return Buffer.from_arrays(arrays)
+    return Buffer.from_arrays(arrays, seeds=seeds)
 
 
 def test_window_rules() -> None:
@@ -356,9 +358,9 @@ def test_windows_become_transitions() -> None:
     assert torch.equal(rows["next_obs"].view(3, 3, OBS), obs[:, 1:])
     assert torch.equal(rows["obs"].view(3, 3, OBS), obs[:, :-1])
     assert not rows["terminated"].any()
-    endings = codec.endings(x)
-    assert endings["terminated"].tolist() == [True]
-    assert torch.equal(endings["obs"], obs[1:2, -1])
+    last = codec.last(x)
+    assert last["terminated"].tolist() == [False, True, False]
+    assert torch.equal(last["obs"], obs[:, -1])
 
 
 # ---- the agent ---------------------------------------------------------------------------------
@@ -417,7 +419,7 @@ def test_batches_have_sixteen_real_rows() -> None:
     for _ in range(3):
         report = agent.update(agent.sample(buffer))
     assert set(report) >= {"log_likelihood", "terminated", "saturated", "coefficient"}
-    assert len(agent.synthetic.ring) == 12 * 7
+    assert len(agent.synthetic.rings[0]) == 12 * 7
     stage(agent, "offline")
     batch = agent.sample(buffer)
     assert len(batch["obs"]) == 256
@@ -432,10 +434,10 @@ def test_a_part_is_refreshed_and_the_rest_stays() -> None:
     stage(agent, "unguided")
     for _ in range(3):
         agent.sample(buffer)
-    before = agent.synthetic.ring.arrays()["obs"].clone()
+    before = agent.synthetic.rings[0].arrays()["obs"].clone()
     stage(agent, "guided")
     agent.sample(buffer)
-    after = agent.synthetic.ring.arrays()["obs"]
+    after = agent.synthetic.rings[0].arrays()["obs"]
     changed = int((before != after).any(1).sum())
     assert 4 * 7 <= changed <= 4 * 7 + 4  # windows that terminate have one row more
 
@@ -601,4 +603,51 @@ def test_a_resumed_guided_generation_is_bitwise_the_one_that_did_not_stop() -> N
     assert all(torch.equal(v, second["module"][k]) for k, v in first["module"].items())
     rows = [state["agents"][""]["extra"] for state in (first, second)]
     assert rows[0]["blocks"] == rows[1]["blocks"] == 7
-    assert torch.equal(rows[0]["ring"]["rows"]["packed"], rows[1]["ring"]["rows"]["packed"])
+    assert torch.equal(*(row["rings"]["0"]["rows"]["packed"] for row in rows))
+
+
+def test_stacked_seeds_keep_what_their_own_policies_are_given() -> None:
+    """Each seed's ring holds its own rows and terminations, and travels with the checkpoint."""
+    buffer = episodes([40, 40], [True, False], seeds=(0, 1))
+    agent = agents.get("pgd").stacked([made(spread=0.3) for _ in range(2)])
+    agent.begin_task(task(), buffer)
+    assert [ring.seeds for ring in agent.synthetic.rings] == [(0,), (1,)]
+    for name in (*["unguided"] * 3, "guided"):
+        stage(agent, name)
+        report = agent.update(agent.sample(buffer))
+    assert all(value.shape == (2,) for value in report.values())
+    first, second = (ring.arrays()["obs"] for ring in agent.synthetic.rings)
+    assert not torch.isin(first, second).any()
+    stage(agent, "offline")
+    batch = agent.sample(buffer)
+    assert batch["obs"].shape == (2, 256, OBS)
+    for k, ring in enumerate(agent.synthetic.rings):
+        assert torch.isin(batch["obs"][k, :240], ring.arrays()["obs"]).all()
+        assert (batch["obs"][k, 240:, 0] == batch["obs"][k, 240:, 0].round()).all()  # real
+    other = agents.get("pgd").stacked([made(spread=0.3) for _ in range(2)])
+    other.load_state(copy.deepcopy(agent.state()))
+    for mine, theirs in zip(agent.synthetic.rings, other.synthetic.rings, strict=True):
+        assert torch.equal(mine.arrays()["obs"], theirs.arrays()["obs"])
+    stage(agent, "guided"), stage(other, "guided")
+    again = [a.sample(buffer)["obs"] for a in (agent, other)]
+    assert torch.equal(*again) and again[0].shape[0] == 2
+
+
+def test_terminating_last_rows_go_to_the_ring_of_their_seed() -> None:
+    agent = agents.get("pgd").stacked([made() for _ in range(2)])
+    agent.begin_task(task(), episodes([40, 40], [True, False], seeds=(0, 1)))
+    rows = {
+        "obs": torch.zeros(2, 3, OBS),
+        "action": torch.zeros(2, 3, ACTION),
+        "reward": torch.zeros(2, 3),
+        "terminated": torch.zeros(2, 3, dtype=torch.bool),
+    }
+    rows["next_obs"] = rows["obs"]
+    last = {key: value[:, :2].clone() for key, value in rows.items()}
+    last["obs"][1] += 7.0
+    last["terminated"][1, 1] = True
+    agent.synthetic.extend(rows, last)
+    first, second = (ring.arrays() for ring in agent.synthetic.rings)
+    assert len(first["obs"]) == 3 and len(second["obs"]) == 4
+    assert second["terminated"].tolist() == [False, False, False, True]
+    assert (second["obs"][3] == 7.0).all()
