@@ -627,7 +627,7 @@ class Mixture:
             raise ValueError(f"fractions {[fraction for _, fraction in parts]} mix nothing")
         self.parts = [(buffer, fraction / total) for buffer, fraction in parts if fraction > 0]
         self.sources = [source for source, _ in self.parts]
-        self.buffers = [source for source in self.sources if isinstance(source, Buffer)]
+        self.buffers = [s for s in self.sources if isinstance(s, Buffer)]  # not those per seed
         if len({source.seeds for source in self.sources}) > 1:
             raise ValueError("the buffers of a mixture must have the same seeds")
         first = self.sources[0]
