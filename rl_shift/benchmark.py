@@ -201,12 +201,14 @@ class Network:
         weights: Backward passes per update that need the weights' gradients.
         inputs: Backward passes per update that need the gradient of the network's own input;
             hidden layers need theirs in every backward pass, that is `max(weights, inputs)`.
+        rows: Rows that go through it for every row of the batch.
     """
 
     sizes: tuple[int, ...]
     forward: float = 1.0
     weights: float = 0.0
     inputs: float = 0.0
+    rows: int = 1
 
 
 class MatrixProducts:
@@ -219,11 +221,11 @@ class MatrixProducts:
         random = torch.Generator().manual_seed(0)
         for network in networks:
             widths = list(zip(network.sizes[:-1], network.sizes[1:], strict=True))
-            backward = max(network.weights, network.inputs)
+            backward, rows = max(network.weights, network.inputs), batch_size * network.rows
             for layer, (inputs, outputs) in enumerate(widths):
-                x = torch.randn(batch_size, inputs, generator=random)
+                x = torch.randn(rows, inputs, generator=random)
                 weight = torch.randn(outputs, inputs, generator=random)
-                y = torch.randn(batch_size, outputs, generator=random)
+                y = torch.randn(rows, outputs, generator=random)
                 counts = (
                     (network.forward, (x, weight.t(), torch.empty_like(y))),
                     (network.weights, (y.t(), x, torch.empty_like(weight))),
@@ -237,7 +239,7 @@ class MatrixProducts:
                     if abs(times - count * cycle) > 1e-9:
                         raise ValueError(f"{count} products per update in a cycle of {cycle}")
                     self.work += [product] * times
-                    self.flop += times / cycle * 2 * batch_size * inputs * outputs
+                    self.flop += times / cycle * 2 * rows * inputs * outputs
 
     def __call__(self) -> None:
         """One cycle."""

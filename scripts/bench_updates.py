@@ -17,6 +17,7 @@ from typing import Any
 import numpy as np
 import torch
 from bench_reference import PlainArrays, PlainBatch, PlainIQL, PlainTD3BC
+from bench_reference_cql import PlainCQL
 from gymnasium.spaces import Box
 from torch import Tensor, nn
 
@@ -37,9 +38,12 @@ from rl_shift.benchmark import (
 )
 from rl_shift.buffer import Buffer
 from rl_shift.compile import Updater
+from rl_shift.networks import EnsembleCritic
 
 OBS, ACTION, BATCH = 17, 6, 256
+SAMPLED = 10  # actions of each kind in CQL
 TOLERANCE = 1e-5
+Plain = PlainTD3BC | PlainIQL | PlainCQL
 
 
 @dataclass(frozen=True)
@@ -53,7 +57,7 @@ class Problem:
         pairs: Our submodule -> the reference's modules that it corresponds to, in order.
     """
 
-    reference: type[PlainTD3BC] | type[PlainIQL]
+    reference: type[PlainTD3BC] | type[PlainIQL] | type[PlainCQL]
     cycle: int
     networks: tuple[Network, ...]
     pairs: dict[str, tuple[str, ...]]
@@ -87,6 +91,19 @@ def _problems(obs: int = OBS, action: int = ACTION) -> dict[str, Problem]:
         Network(value, weights=1),
         Network(policy, weights=1),
     )
+    gaussian, deep = (obs, 256, 256, 256, 2 * action), (obs + action, 256, 256, 256, 1)
+    cql = (
+        Network(gaussian),  # temperature
+        Network(gaussian, weights=1),
+        Network(deep, inputs=1),
+        Network(deep, inputs=1),
+        Network(gaussian),  # once per state, whatever the number of actions
+        Network(gaussian),
+        Network(deep),  # two target critics, two critics
+        Network(deep),
+        Network(deep, weights=1, rows=3 * SAMPLED + 1),
+        Network(deep, weights=1, rows=3 * SAMPLED + 1),
+    )
     return {
         "td3_bc": Problem(
             PlainTD3BC,
@@ -95,6 +112,9 @@ def _problems(obs: int = OBS, action: int = ACTION) -> dict[str, Problem]:
             {"actor": ("actor",), "target_actor": ("actor_target",), **critics},
         ),
         "iql": Problem(PlainIQL, 1, iql, {"actor": ("actor",), "value": ("value",), **critics}),
+        "cql": Problem(
+            PlainCQL, 1, cql, {"log_alpha": ("log_alpha",), "actor": ("actor",), **critics}
+        ),
     }
 
 
@@ -137,9 +157,7 @@ def make_agent(
     return agent
 
 
-def make_reference(
-    name: str, seed: int = 0, dims: tuple[int, int] = (OBS, ACTION)
-) -> PlainTD3BC | PlainIQL:
+def make_reference(name: str, seed: int = 0, dims: tuple[int, int] = (OBS, ACTION)) -> Plain:
     """A plain learner with networks of its own."""
     torch.manual_seed(seed)
     return PROBLEMS[name].reference(*dims)
@@ -159,14 +177,25 @@ def make_plain_arrays(arrays: dict[str, np.ndarray], seed: int = 0) -> PlainArra
     return plain
 
 
+def parameters_of(module: nn.Module) -> list[Tensor]:
+    """Parameters of one network after another, (outputs, inputs) and (outputs,) per layer."""
+    if not isinstance(module, EnsembleCritic):
+        return list(module.parameters())
+    layers = [
+        (layer.get_parameter("weight"), layer.get_parameter("bias")) for layer in module.net.layers
+    ]
+    members = range(len(layers[0][0]))
+    return [p for k in members for weight, bias in layers for p in (weight[k].T, bias[k, 0])]
+
+
 def paired_parameters(
-    name: str, agent: Agent, reference: PlainTD3BC | PlainIQL
+    name: str, agent: Agent, reference: Plain
 ) -> tuple[list[Tensor], list[Tensor]]:
     """Our parameters and the reference's, in one order."""
     ours: list[Tensor] = []
     plain: list[Tensor] = []
     for submodule, modules in PROBLEMS[name].pairs.items():
-        ours += list(agent.get_submodule(submodule).parameters())
+        ours += parameters_of(agent.get_submodule(submodule))
         for module in modules:
             network: nn.Module = getattr(reference, module)
             plain += list(network.parameters())

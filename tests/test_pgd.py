@@ -609,9 +609,10 @@ def test_a_resumed_guided_generation_is_bitwise_the_one_that_did_not_stop() -> N
 def test_stacked_seeds_keep_what_their_own_policies_are_given() -> None:
     """Each seed's ring holds its own rows and terminations, and travels with the checkpoint."""
     buffer = episodes([40, 40], [True, False], seeds=(0, 1))
-    agent = agents.get("pgd").stacked([made(spread=0.3) for _ in range(2)])
+    agent: Any = agents.get("pgd").stacked([made(spread=0.3) for _ in range(2)])
     agent.begin_task(task(), buffer)
     assert [ring.seeds for ring in agent.synthetic.rings] == [(0,), (1,)]
+    report: dict[str, Tensor] = {}
     for name in (*["unguided"] * 3, "guided"):
         stage(agent, name)
         report = agent.update(agent.sample(buffer))
@@ -624,17 +625,19 @@ def test_stacked_seeds_keep_what_their_own_policies_are_given() -> None:
     for k, ring in enumerate(agent.synthetic.rings):
         assert torch.isin(batch["obs"][k, :240], ring.arrays()["obs"]).all()
         assert (batch["obs"][k, 240:, 0] == batch["obs"][k, 240:, 0].round()).all()  # real
-    other = agents.get("pgd").stacked([made(spread=0.3) for _ in range(2)])
+    other: Any = agents.get("pgd").stacked([made(spread=0.3) for _ in range(2)])
     other.load_state(copy.deepcopy(agent.state()))
     for mine, theirs in zip(agent.synthetic.rings, other.synthetic.rings, strict=True):
         assert torch.equal(mine.arrays()["obs"], theirs.arrays()["obs"])
-    stage(agent, "guided"), stage(other, "guided")
-    again = [a.sample(buffer)["obs"] for a in (agent, other)]
+    again: list[Tensor] = []
+    for each in (agent, other):
+        stage(each, "guided")
+        again.append(each.sample(buffer)["obs"])
     assert torch.equal(*again) and again[0].shape[0] == 2
 
 
 def test_terminating_last_rows_go_to_the_ring_of_their_seed() -> None:
-    agent = agents.get("pgd").stacked([made() for _ in range(2)])
+    agent: Any = agents.get("pgd").stacked([made() for _ in range(2)])
     agent.begin_task(task(), episodes([40, 40], [True, False], seeds=(0, 1)))
     rows = {
         "obs": torch.zeros(2, 3, OBS),
