@@ -167,6 +167,8 @@ class Buffer:
         self._blocks: dict[tuple[int, int], _Block] = {}  # (n, length or 0) -> block
         self._following: Tensor | None = None
         self._tables: dict[int, Tensor] = {}  # length -> first rows of all windows
+        # the last `where` of `windows`, its version, the length, and what of it is usable
+        self._pool: tuple[Tensor, int, int, Tensor] | None = None
 
     @classmethod
     def from_arrays(
@@ -320,11 +322,11 @@ class Buffer:
             n: transitions (per seed).
             where: rows to choose from, (rows,) int64; None means all.
         """
-        if where is not None:
-            return self._chosen(
-                n, where.to(self.device), 0, "no row to sample from: `where` is empty"
-            )
-        return self._next(n, 0)
+        if where is None:
+            return self._next(n, 0)
+        if not len(where):
+            raise UserError("no row to sample from: `where` is empty")
+        return self._batches(where.to(self.device)[self._uniform(len(where), 1, n)], 0)[0]
 
     def windows(self, n: int, length: int, where: Tensor | None = None) -> Batch:
         """Uniform windows of consecutive rows, (n, length, ...), "index" included.
@@ -340,15 +342,18 @@ class Buffer:
             raise ValueError(f"windows of {length} rows")
         if where is None:
             return self._next(n, length)
-        where = where.to(self.device)
-        following = self._rows_following()[where]
-        longest = int(following.max()) + 1 if len(following) else 0
-        return self._chosen(
-            n,
-            where[following >= length - 1],
-            length,
-            f"no window of {length} rows starts in `where`: the longest usable one has {longest}",
-        )
+        known = self._pool  # looking through all of `where` costs more than a batch
+        if known is None or known[0] is not where or known[1:3] != (where._version, length):
+            following = self._rows_following()[where.to(self.device)]
+            usable = where.to(self.device)[following >= length - 1]
+            if not len(usable):
+                longest = int(following.max()) + 1 if len(following) else 0
+                raise UserError(
+                    f"no window of {length} rows starts in `where`: the longest usable one has "
+                    f"{longest}"
+                )
+            self._pool = known = (where, where._version, length, usable)
+        return self._batches(known[3][self._uniform(len(known[3]), 1, n)], length)[0]
 
     def latest(self, length: int) -> Batch:
         """The last `length` rows of every lane, oldest first: (N, length, ...)."""
@@ -457,12 +462,6 @@ class Buffer:
         block = _Block(index, self._batches(index, length))
         self._blocks[n, length] = block
         return block
-
-    def _chosen(self, n: int, pool: Tensor, length: int, empty: str) -> Batch:
-        """One batch of rows (or first rows) out of a pool, drawn without a block."""
-        if len(pool) == 0:
-            raise UserError(empty)
-        return self._batches(pool[self._uniform(len(pool), 1, n)], length)[0]
 
     def _uniform(self, high: int, size: int, n: int) -> Tensor:
         """Numbers in [0, high), (size, S, n), each seed from its own generator."""
