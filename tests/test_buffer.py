@@ -524,3 +524,25 @@ def test_stacked_buffer_on_the_gpu():
         assert torch.equal(batch["reward"].long(), batch["index"])
     assert buffer.windows(4, 5)["obs"].shape == (2, 4, 5, 2)
     assert equal(buffer.sample(4, where=torch.arange(5)), resumed.sample(4, where=torch.arange(5)))
+
+
+def test_a_list_of_starts_is_looked_through_once_and_anew_when_it_or_the_rows_change(monkeypatch):
+    buffer = Buffer(SPEC, 24, lanes=1, seeds=(1,))
+    buffer.extend(rows(12, ends=[i == 7 for i in range(12)]))
+    looked, following = [], buffer._rows_following
+
+    def counted():
+        looked.append(1)
+        return following()
+
+    monkeypatch.setattr(buffer, "_rows_following", counted)
+    where = torch.tensor([0, 6, 7, 8])
+    firsts = [set(buffer.windows(50, 3, where)["index"][:, 0].tolist()) for _ in range(3)]
+    assert firsts == [{0, 8}] * 3 and len(looked) == 1  # 6 and 7 cross the end
+    where[0] = 1
+    assert set(buffer.windows(50, 3, where)["index"][:, 0].tolist()) == {1, 8}
+    assert set(buffer.windows(50, 2, where)["index"][:, 0].tolist()) == {1, 6, 8}
+    assert len(looked) == 3
+    buffer.extend(rows(3, ends=[True, False, False]))  # an episode ends right behind row 11
+    buffer.windows(5, 2, where)
+    assert len(looked) == 4
