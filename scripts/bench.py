@@ -5,9 +5,9 @@
     python scripts/bench.py --section updates --agent iql --json iql.json
     python scripts/bench.py --section updates --threads 2
 
-Ratios are medians over rounds of the per-round ratio to the plain eager reference of
-`bench_reference.py`, with the lowest and the highest round; rates are per second of process CPU
-time unless they say wall.
+Ratios are medians over rounds of the per-round ratio to the plain eager references of
+`bench_reference.py` and `bench_reference_cql.py`, with the lowest and the highest round; rates are
+per second of process CPU time unless they say wall.
 """
 
 from __future__ import annotations
