@@ -71,7 +71,7 @@ def test_the_sweep() -> None:
 
 @pytest.mark.parametrize("judge", ["off", "value"])
 def test_corrected_policies(judge: str) -> None:
-    agents = {"IQL": "iql", "TD3+BC": "td3_bc", "ReBRAC": "rebrac"}
+    agents = {"IQL": "iql", "TD3+BC": "td3_bc", "ReBRAC": "rebrac", "CQL": "cql"}
     seen = 0
     for name, data, mode, without, corrected, paired, _, _ in rows("| base | data | judge |"):
         if mode != judge:
@@ -83,7 +83,7 @@ def test_corrected_policies(judge: str) -> None:
         check(corrected, list(after))
         check(paired, list(after - before))
         seen += 1
-    assert seen == 20
+    assert seen == 21
 
 
 def test_corrected_policies_under_shifts() -> None:
