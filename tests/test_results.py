@@ -69,6 +69,25 @@ def test_the_sweep() -> None:
     assert seen == 36
 
 
+def test_rewards_known_on_a_few_trajectories() -> None:
+    labels = {"left out": "none", "0": "zero", "mean of the networks": "mean", "lower bound": "lower"}
+    seen = 0
+    for name, *cells in rows("| rewards of the other 95 % |"):
+        for data, cell in zip(("hopper-medium", "walker2d-medium"), cells, strict=True):
+            if cell == "–":
+                continue
+            label = labels[name]
+            if (data, label) == ("hopper-medium", "lower"):
+                scores = raw("sweep/spl.hopper-medium")["last"]["score"]
+            else:
+                found = [raw(f"spl/{data}.{label}.{k}") for k in range(3)]
+                assert all(run["last"]["updates"] == 20_000 for run in found)
+                scores = [run["last"]["score"][0] for run in found]
+            check(cell, scores)
+            seen += 1
+    assert seen == 7
+
+
 @pytest.mark.parametrize("judge", ["off", "value"])
 def test_corrected_policies(judge: str) -> None:
     agents = {"IQL": "iql", "TD3+BC": "td3_bc", "ReBRAC": "rebrac", "CQL": "cql"}
@@ -84,6 +103,22 @@ def test_corrected_policies(judge: str) -> None:
         check(paired, list(after - before))
         seen += 1
     assert seen == 21
+
+
+def test_channels_of_the_joint_mode() -> None:
+    seen = 0
+    for data, channels, without, corrected, paired, size in rows("| TD3+BC on | channels |"):
+        names = [f"cdsa.joint.{data}.{k}.{channels}" for k in range(3)]
+        found = [raw(name)["evaluations"] for name in names]
+        before, after = (np.array([e[i]["score"][0] for e in found]) for i in (0, 1))
+        assert [e["agent"]["correction"] for e in found[0]] == ["off", "on"]
+        check(without, list(before))
+        check(corrected, list(after))
+        check(paired, list(after - before))
+        moved = [e[1]["diagnostics"]["correction/mean_abs"][0] for e in found]
+        assert float(size) == pytest.approx(np.mean(moved), abs=0.00051)
+        seen += 1
+    assert seen == 6
 
 
 def test_corrected_policies_under_shifts() -> None:
