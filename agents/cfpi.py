@@ -10,7 +10,8 @@ from __future__ import annotations
 
 import copy
 import math
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, Literal
 
 import torch
@@ -25,6 +26,8 @@ from rl_shift.quantiles import QuantileCritic, quantile_loss, random_fractions
 
 if TYPE_CHECKING:
     from rl_shift.config import Task
+
+EVALUATION: Mapping[str, bool] = {"evaluation": True}  # the operator acts on finished networks
 
 
 class CFPI(Agent):
@@ -52,9 +55,15 @@ class CFPI(Agent):
         discount: float = 0.99
         tau: float = 0.005  # target averaging
         components: int = 4  # 1: single Gaussian; 8 in a variant, antmaze 8 or 12
-        log_tau: tuple[float, ...] = (0.5,)  # budgets tried; single Gaussian: 0.2, 0.4, .., 2.0
-        operator: Literal["both", "components", "jensen"] = "both"  # bounds that give candidates
-        pessimism: float = 1.0  # beta_LB, standard deviations below the critics' mean
+        log_tau: tuple[float, ...] = field(  # budgets tried; single Gaussian: 0.2, 0.4, .., 2.0
+            default=(0.5,), metadata=EVALUATION
+        )
+        operator: Literal["both", "components", "jensen"] = field(  # bounds that give candidates
+            default="both", metadata=EVALUATION
+        )
+        pessimism: float = field(  # beta_LB, standard deviations below the critics' mean
+            default=1.0, metadata=EVALUATION
+        )
         weight_min: float = 0.05  # lighter components are left out; 0.03 on antmaze
         quantiles: int = 8
         embedding: int = 64  # cosines of a fraction

@@ -1,5 +1,6 @@
 """Closed-form operators against their constraints, the quantile critic, and CFPI as a whole."""
 
+import dataclasses
 import math
 from typing import Any
 
@@ -315,3 +316,10 @@ def test_bad_settings_are_refused() -> None:
     for changes in ({"log_tau": ()}, {"log_tau": (-0.1,)}):
         with pytest.raises(UserError, match="log_tau"):
             agent_of(**changes)
+
+
+def test_how_far_to_go_is_chosen_at_evaluation() -> None:
+    """The operator works on finished networks; what was learnt with does not change."""
+    kind = agents.get("cfpi")
+    chosen = {f.name for f in dataclasses.fields(kind.Config) if f.metadata.get("evaluation")}
+    assert chosen == {"log_tau", "operator", "pessimism"}

@@ -69,8 +69,29 @@ def test_the_sweep() -> None:
     assert seen == 36
 
 
+def test_cfpi_and_its_budgets() -> None:
+    names = ("hopper-medium", "walker2d-medium")
+    for name, bc, iql, cfpi in rows("| 20,000 updates | BC | IQL | CFPI, budget 0.5 |"):
+        for agent, cell in zip(("bc", "iql", "cfpi"), (bc, iql, cfpi), strict=True):
+            check(cell, raw(f"sweep/{agent}.{name}")["last"]["score"])
+    found = {name: raw(f"cfpi/{name}.budgets")["evaluations"] for name in names}
+    for k, (_, *cells) in enumerate(rows("| CFPI's budget log tau |")):
+        for name, cell in zip(names, cells, strict=True):
+            assert found[name][k]["agent"]["log_tau"] == [[0.0], [0.1], [0.5]][k]
+            check(cell, found[name][k]["score"])
+    for name, printed in zip(names, ("-9.9 ± 9.5", "-28.4 ± 27.1"), strict=True):
+        first, _, last = (np.array(e["score"]) for e in found[name])
+        assert printed in TEXT
+        check(printed, list(last - first))
+
+
 def test_rewards_known_on_a_few_trajectories() -> None:
-    labels = {"left out": "none", "0": "zero", "mean of the networks": "mean", "lower bound": "lower"}
+    labels = {
+        "left out": "none",
+        "0": "zero",
+        "mean of the networks": "mean",
+        "lower bound": "lower",
+    }
     seen = 0
     for name, *cells in rows("| rewards of the other 95 % |"):
         for data, cell in zip(("hopper-medium", "walker2d-medium"), cells, strict=True):
@@ -86,6 +107,11 @@ def test_rewards_known_on_a_few_trajectories() -> None:
             check(cell, scores)
             seen += 1
     assert seen == 7
+    zero, lower = (
+        [raw(f"spl/walker2d-medium.{label}.{k}")["last"]["score"][0] for k in range(3)]
+        for label in ("zero", "lower")
+    )
+    check("31.3 ± 8.6", [a - b for a, b in zip(zero, lower, strict=True)])
 
 
 @pytest.mark.parametrize("judge", ["off", "value"])
@@ -165,6 +191,33 @@ def test_what_guidance_trades() -> None:
             check(cell, [row[key] for row in named[name]], digits)
         seen += 1
     assert seen == len(named)
+
+
+def test_learners_on_generated_rows_of_the_cheetah() -> None:
+    files = {
+        "real": "td3_bc.halfcheetah-medium.results",
+        "guided, ring of 14,336 windows": "pgd/halfcheetah.guided",
+        "unguided, ring of 500,000": "pgd/halfcheetah.unguided500k.0",
+        "guided, ring of 500,000": "pgd/halfcheetah.guided500k.0",
+        "guided, ring of 14,336, short denoiser": "pgd/halfcheetah.short.guided.0",
+        "guided, ring of 143,360, short denoiser": "pgd/halfcheetah.short.guided143k.0",
+    }
+    seen = set()
+    for name, *cells in rows("| rows, halfcheetah-medium | 30,000 updates |"):
+        scores = {e["updates"]: e["score"] for e in raw(files[name])["evaluations"]}
+        for updates, cell in zip((30_000, 50_000, 70_000, 100_000), cells, strict=True):
+            if len(scores[updates]) > 1:
+                check(cell, scores[updates])
+            else:
+                assert float(cell) == pytest.approx(scores[updates][0], abs=0.051)
+        seen.add(name)
+    assert seen == set(files)
+    kept = raw("pgd/tradeoff.halfcheetah-medium.long.0")
+    found = [kept["data"], *kept["guided"], kept["model"]]
+    keys = ("log_likelihood", "spread", "dynamics_mse", "dynamics_median", "distance")
+    table = list(rows("| halfcheetah-medium, longer training |"))
+    for row, (_, *cells) in zip(found, table, strict=True):
+        assert [float(x) for x in cells] == pytest.approx([row[k] for k in keys], abs=0.00051)
 
 
 # ---- sequences ---------------------------------------------------------------------------------
