@@ -89,7 +89,7 @@ def test_rewards_known_on_a_few_trajectories() -> None:
     labels = {
         "left out": "none",
         "0": "zero",
-        "mean of the networks": "mean",
+        "the networks' mean": "mean",
         "lower bound": "lower",
     }
     seen = 0
