@@ -291,10 +291,10 @@ class PGD(Wrapper):
             self.polyak("behaviour", "averaged", self.config.average)
             return metrics
         if self.stage in ("unguided", "guided"):
-            return dict(self.run(self.described, batch))
+            return dict(self.run(self.report, batch))
         return super().update(batch)
 
-    def described(self, rows: Batch) -> Metrics:
+    def report(self, rows: Batch) -> Metrics:
         """What is worth knowing about generated rows."""
         return described(rows) | {
             "log_likelihood": rows["log_likelihood"].mean(),
