@@ -21,7 +21,7 @@ from gymnasium.spaces import Space
 from torch import Tensor, nn
 
 from rl_shift import seeding
-from rl_shift.agent import Agent, Batch, Metrics, Stage, Wrapper
+from rl_shift.agent import EVALUATION, Agent, Batch, Metrics, Stage, Wrapper
 from rl_shift.buffer import Buffer, Mixture
 from rl_shift.dynamics import GaussianEnsemble
 from rl_shift.errors import UserError, check_fields
@@ -44,7 +44,6 @@ if TYPE_CHECKING:
     from rl_shift.config import Task
 
 log = logging.getLogger(__name__)
-EVALUATION: Mapping[str, bool] = {"evaluation": True}
 MODELS = ("score", "inverse", "forward")  # stages
 HELD_OUT_ROWS = 20_000  # at most, per check
 

@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import copy
 import math
-from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, Literal
 
@@ -18,7 +17,7 @@ import torch
 from gymnasium.spaces import Space
 from torch import Tensor
 
-from rl_shift.agent import Agent, Batch, Metrics, Stage
+from rl_shift.agent import EVALUATION, Agent, Batch, Metrics, Stage
 from rl_shift.errors import UserError
 from rl_shift.improvement import best_of, component_steps, jensen_centre, jensen_step
 from rl_shift.networks import TanhMixture
@@ -26,8 +25,6 @@ from rl_shift.quantiles import QuantileCritic, quantile_loss, random_fractions
 
 if TYPE_CHECKING:
     from rl_shift.config import Task
-
-EVALUATION: Mapping[str, bool] = {"evaluation": True}  # the operator acts on finished networks
 
 
 class CFPI(Agent):

@@ -35,7 +35,7 @@ class MOPO(Wrapper):
     r~(s, a)    = r_hat(s, a) - lambda max_i |std_i(s, a)|_2
     """
 
-    stackable = False  # what is generated belongs to one seed
+    stackable = False  # each seed's model converges at a time of its own
     columns = ("next_obs_known",)
 
     @dataclass(frozen=True)

@@ -28,8 +28,11 @@ if TYPE_CHECKING:
     from rl_shift.config import Task
 
 log = logging.getLogger(__name__)
+# metadata of hyper-parameters that `rl-shift evaluate` may change
+EVALUATION: Mapping[str, bool] = {"evaluation": True}
 
 __all__ = [
+    "EVALUATION",
     "Agent",
     "Batch",
     "Gradients",

@@ -185,7 +185,7 @@ def run_folder(config: RunConfig) -> Path:
 
 
 def evaluation_fields(config_class: type) -> tuple[str, ...]:
-    """The fields marked `field(metadata={"evaluation": True})`: `evaluate` may change them."""
+    """The fields marked `field(metadata=EVALUATION)`: `evaluate` may change them."""
     return tuple(o.key for o in options_of(config_class) if o.evaluation)
 
 

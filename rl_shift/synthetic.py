@@ -75,16 +75,17 @@ class Synthetic:
                 in their last row only, so there would be no termination without these (our design).
         """
         for k, ring in enumerate(self.rings):
-            own, ends = (
-                {key: values if len(self.rings) == 1 else values[k] for key, values in part.items()}
-                for part in (rows, last or {})
-            )
-            if ends:
-                ends = {key: values[ends["terminated"]] for key, values in ends.items()}
-                own = {key: torch.cat([own[key], values]) for key, values in ends.items()}
+            own = self._of_seed(rows, k)
+            if last is not None:
+                final = self._of_seed(last, k)
+                ended = final["terminated"]
+                own = {key: torch.cat([own[key], x[ended]]) for key, x in final.items()}
             flags = torch.zeros_like(own["terminated"])
             task = torch.full_like(flags, self.task, dtype=torch.int64)
             ring.extend({**own, "truncated": flags, "task": task})
+
+    def _of_seed(self, rows: Mapping[str, Tensor], k: int) -> Mapping[str, Tensor]:
+        return rows if len(self.rings) == 1 else {key: x[k] for key, x in rows.items()}
 
     def mixed(self, real: Buffer | Mixture, fraction: float) -> Mixture:
         """Generated and real rows, the latter at this fraction."""
