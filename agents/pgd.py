@@ -4,13 +4,14 @@ Faithful: which windows are taken, row layout, EDM objective, U-Net, closed form
 mixture of 15/16 generated and 1/16 real rows, first set unguided, a new one every 10,000 updates.
 Differs: the sampler takes its Euler step from the right point, 32 deterministic steps instead of
 256 with churn, guidance inside the denoiser (`guidance: additive` is the published rule), windows
-of the training length are generated (128 + 1 rows there), terminating windows are listed round(T
-/ stride) times (`repeat_endings: false` is the published rule), terminal rows at the end of a
-generated window are kept. The denoiser learns for a number of updates on batches of 256 instead
-of 10,000 epochs of batches of 32, without the warm-up of the learning rate over the first 10 %,
-its gradients clipped, all episodes in use (5 % held out there), and the average of its weights
-moves at every update instead of ten times as far at every tenth. The base keeps its own settings
-and update ratios. Known gaps: one dataset per task, no interaction.
+of the training length are generated (128 + 1 rows there), terminating windows are listed
+round((T - 1) / stride) times (`repeat_endings: false` is the published rule), terminal rows at the
+end of a generated window are kept, terminations are 0 or 4 for the denoiser (`ending_gap: null`
+standardises them, as published). The denoiser learns for a number of updates on batches of 256
+instead of 10,000 epochs of batches of 32, without the warm-up of the learning rate over the first
+10 %, its gradients clipped, all episodes in use (5 % held out there), and the average of its
+weights moves at every update instead of ten times as far at every tenth. The base keeps its own
+settings and update ratios. Known gaps: one dataset per task, no interaction.
 """
 
 from __future__ import annotations
@@ -74,7 +75,9 @@ class PGD(Wrapper):
         # windows and denoiser
         window: int = 32  # rows T
         stride: int = 8  # distance of window starts
-        repeat_endings: bool = True  # windows that terminate count T / stride times; ours, once
+        repeat_endings: bool = True  # list windows that terminate (T - 1) / stride times; ours, no
+        ending_gap: float | None = 4.0  # from no termination to one, for the denoiser; ours, None:
+        # standardised
         network: Literal["unet", "mlp"] = (
             "unet"  # mlp: SynthER's, for windows of up to 8 rows; ours
         )
@@ -114,7 +117,7 @@ class PGD(Wrapper):
         self.check_settings(c)
         super().__init__(observation_space, action_space, config, base)
         obs, action = observation_space.shape[0], action_space.shape[0]  # type: ignore[index]
-        self.codec = TrajectoryCodec(obs, action, c.window)
+        self.codec = TrajectoryCodec(obs, action, c.window, c.ending_gap)
         if c.network == "unet":
             self.behaviour = EDM(TemporalUNet(self.codec.width, c.width))
         else:
@@ -144,6 +147,7 @@ class PGD(Wrapper):
         least = 2 if c.network == "mlp" else UNET_WINDOW
         check_fields(
             c,
+            ("ending_gap", c.ending_gap is None or c.ending_gap > 0, "a distance above 0, or null"),
             ("window", c.window >= least, f"at least {least} rows for network {c.network}"),
             ("refresh_fraction", 0 < c.refresh_fraction <= 1, "a share above 0, at most 1"),
         )
@@ -202,7 +206,9 @@ class PGD(Wrapper):
         x = self.generate(count, guided)
         rows = self.codec.transitions(x)
         rows["log_likelihood"] = log_likelihood(self.base.distribution(rows["obs"]), rows["action"])
-        return rows, self.codec.last(x)
+        last = self.codec.last(x)
+        rows["endings"] = last["terminated"]  # only last rows end an episode
+        return rows, last
 
     def synthesise(self) -> Batch:
         """Fill one block of the ring; gives its rows."""
@@ -296,7 +302,9 @@ class PGD(Wrapper):
 
     def report(self, rows: Batch) -> Metrics:
         """What is worth knowing about generated rows."""
+        ended = rows["endings"].to(rows["reward"]).sum()
         return described(rows) | {
+            "terminated": ended / (rows["reward"].numel() + ended),
             "log_likelihood": rows["log_likelihood"].mean(),
             "saturated": (rows["action"].abs() > 0.99).to(rows["reward"]).mean(),
             "coefficient": self.coefficient.clone(),

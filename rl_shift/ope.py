@@ -150,9 +150,7 @@ def policy_module(spec: str, obs: int, action: int) -> nn.Module:
     if not spec:
         raise UserError("say which policy to evaluate: RUN_DIR or FILE.npz")
     if Path(spec).suffix != ".npz":
-        agent, _, _ = runs.load_agent(spec)
-        if agent.seeds > 1:
-            raise UserError(f"policy {spec} holds {agent.seeds} seeds; name one, such as {spec}#0")
+        agent, _, _ = runs.load_one(spec)
         widths = agent.observation_space.shape, agent.action_space.shape
         if widths != ((obs,), (action,)):
             raise UserError(f"policy {spec} maps {widths[0]} to {widths[1]}, not {obs} to {action}")

@@ -132,11 +132,9 @@ def load_policy_from_run(spec: str, obs_width: int, context: Rows | None = None)
 
     One that observes `context` too, a task's goal, is told it in every step.
     """
-    from rl_shift.runs import load_agent
+    from rl_shift.runs import load_one
 
-    agent, _, _ = load_agent(spec)
-    if agent.seeds > 1:
-        raise UserError(f"policy {spec} holds {agent.seeds} seeds; name one, such as {spec}#0")
+    agent, _, _ = load_one(spec)
     wanted = agent.observation_space.shape
     if context is not None and wanted == (obs_width + len(context),):
         return RunPolicy(agent.cpu(), Path(spec).name, context)

@@ -158,6 +158,18 @@ def load_agent(
     return (agent.select(int(seed)) if seed else agent), run, tasks
 
 
+def load_one(spec: str | Path) -> tuple[Agent, RunConfig, list[Task]]:
+    """As `load_agent`, for one seed.
+
+    Raises:
+        UserError: if the run holds several seeds and `spec` names none.
+    """
+    agent, run, tasks = load_agent(spec)
+    if agent.seeds > 1:
+        raise UserError(f"{spec} holds {agent.seeds} seeds: name one, {spec}#0 and so on")
+    return agent, run, tasks
+
+
 # ---- from configuration to objects -------------------------------------------------------------
 
 
@@ -257,9 +269,7 @@ def _trained(spec: str, kind: type[Agent], target: Agent | Task, tasks: Sequence
         target: whose spaces must be the agent's.
         tasks: whose data the run must have seen.
     """
-    source, _, _ = load_agent(spec)
-    if source.seeds > 1:
-        raise UserError(f"{spec} holds {source.seeds} seeds: name one, {spec}#0 and so on")
+    source, _, _ = load_one(spec)
     if kind is not Agent and not issubclass(kind, type(source)):
         raise UserError(f"{spec} is a run of {type(source).__name__}, not of {kind.__name__}")
     for name in ("observation_space", "action_space"):

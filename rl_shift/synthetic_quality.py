@@ -168,6 +168,10 @@ def compare(
 ) -> dict[str, Any]:
     """Reports on the data, on a run's denoiser at several strengths, and on an ensemble.
 
+    `terminated` is the share of transitions that end an episode, `ending` the median distance of
+    the observations in which they do to the data's nearest one, in its standard deviations (of the
+    data: between every other one and the rest).
+
     Args:
         spec: a run that trained a trajectory denoiser.
         coefficients: strengths of the guidance; 0 is unguided.
@@ -184,12 +188,12 @@ def compare(
     for coefficient in coefficients:
         if not 0 <= coefficient < math.inf:
             raise UserError(f"coefficient {coefficient:g}: give 0 (unguided) or more")
-    agent: Any = runs.load_agent(spec)[0]
-    run, tasks = runs.load_agent(spec)[1:]
+    found, run, tasks = runs.load_one(spec)
+    agent: Any = found
     codec = getattr(agent, "codec", None)
     if not isinstance(codec, TrajectoryCodec):
         raise UserError(f"{spec} is no run that learnt to generate trajectories")
-    target: Agent = agent.base if policy_spec is None else runs.load_agent(policy_spec)[0]
+    target: Agent = agent.base if policy_spec is None else runs.load_one(policy_spec)[0]
     agent.base = target
     info = datasets.resolve(str(run.tasks[0].dataset))
     buffer = Buffer.from_arrays(datasets.load(info))
@@ -205,7 +209,10 @@ def compare(
 
     starts, _ = window_starts(buffer, length + 1, agent.config.stride, agent.config.repeat_endings)
     real = buffer.windows(windows, length, starts)
+    ends = buffer.arrays()["obs"][buffer.arrays()["terminated"]] / std
+    share = len(ends) / len(buffer)
     results: dict[str, Any] = {"window": length + 1, "data": asked(_plain(real)), "guided": []}
+    results["data"] |= {"terminated": share, "ending": _nearest(ends[::2], ends[1::2])}
     results["data"]["paths"] = real["obs"][:PATHS, :, 0].tolist()
     for coefficient in coefficients:
         agent.coefficient.fill_(coefficient)
@@ -215,11 +222,20 @@ def compare(
             key: value.view(windows, length, *value.shape[1:])
             for key, value in codec.transitions(x).items()
         }
+        last = codec.last(x)
+        ended = last["obs"][last["terminated"]] / std
+        share = len(ended) / (windows * length + len(ended))
         results["guided"].append(
-            {"coefficient": coefficient, **asked(rows), "paths": rows["obs"][:PATHS, :, 0].tolist()}
+            {
+                "coefficient": coefficient,
+                **asked(rows),
+                "terminated": share,
+                "ending": _nearest(ended, ends),
+                "paths": rows["obs"][:PATHS, :, 0].tolist(),
+            }
         )
     if model_spec is not None:
-        model = getattr(runs.load_agent(model_spec)[0], "dynamics", None)
+        model = getattr(runs.load_one(model_spec)[0], "dynamics", None)
         if not isinstance(model, GaussianEnsemble):
             raise UserError(f"{model_spec} is no run that learnt an ensemble")
         with torch.no_grad(), seeding.forked(0):
@@ -227,6 +243,13 @@ def compare(
             rows = model_windows(model, act, task.termination, real["obs"][:, 0], length)
         results["model"] = asked(rows)
     return results
+
+
+def _nearest(rows: Tensor, others: Tensor) -> float | None:
+    """Median distance of rows to the nearest of others; None where there are none."""
+    if not len(rows) or not len(others):
+        return None
+    return float(torch.cdist(rows, others).amin(1).median())
 
 
 def _plain(batch: Batch) -> Batch:

@@ -37,10 +37,10 @@ def window_starts(
     A truncated episode needs `length` + 1 rows: the window of its last row is left out.
 
     Every `stride`-th start within an episode, every episode's start and every start whose window
-    ends on a termination; none whose window ends on a truncation. A row within an episode lies in
-    `length / stride` windows, its last one only in one: with `repeat`, windows that end on a
-    termination are listed that often, so that terminations are as frequent in the windows as in
-    the data (ours).
+    ends on a termination; none whose window ends on a truncation. A row within an episode opens a
+    transition in `(length - 1) / stride` windows, its last one ends only one: with `repeat`,
+    windows that end on a termination are listed that often, so that terminations are as frequent
+    in what windows give as in the data (ours).
 
     Args:
         buffer: flat data.
@@ -63,7 +63,7 @@ def window_starts(
     keep |= valid == episodes[episode[valid], 0]
     keep |= terminated[last]
     keep &= terminated[last] | (last + 1 < episodes[episode[valid], 1])
-    often = max(1, round(length / stride)) if repeat else 1
+    often = max(1, round((length - 1) / stride)) if repeat else 1
     starts = valid.repeat_interleave(torch.where(terminated[last], often, 1) * keep)
     longest = torch.where(terminated[episodes[:, 1] - 1], lengths, lengths - 1)  # per episode
     if not len(starts):
@@ -82,15 +82,18 @@ class TrajectoryCodec(nn.Module):
         obs: width of an observation.
         action: width of an action.
         window: rows T of the windows it is fitted to.
+        gap: distance of a termination from none for the denoiser (our design); None standardises
+            it as everything else. Where episodes are long, it then lies tens of standard
+            deviations away, beyond the noise that a denoiser is trained on.
     """
 
     mean: Tensor
     std: Tensor
     window: Tensor
 
-    def __init__(self, obs: int, action: int, window: int) -> None:
+    def __init__(self, obs: int, action: int, window: int, gap: float | None = None) -> None:
         super().__init__()
-        self.obs, self.action = obs, action
+        self.obs, self.action, self.gap = obs, action, gap
         self.width = obs + action + 2
         self.latent = slice(obs, obs + action)  # the action block
         self.register_buffer("mean", torch.zeros(self.width))
@@ -115,6 +118,8 @@ class TrajectoryCodec(nn.Module):
         std = (weight * (rows - mean).square()).sum(0).sqrt()
         self.mean.copy_(mean)
         self.std.copy_(torch.where(std < 1e-6, 1.0, std))
+        if self.gap is not None:
+            self.mean[..., -1], self.std[..., -1] = 0.0, 1 / self.gap
 
     def encode(self, batch: Batch) -> Tensor:
         """Windows (B, T, ...) -> (B, T, d)."""

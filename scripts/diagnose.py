@@ -34,10 +34,10 @@ PERTURBED = 0.3  # standard deviation of the perturbations that corrections have
 
 def score(spec: str, rows: int, picture: Path | None) -> dict[str, Any]:
     """The table of `diagnose.py score` on held-out rows."""
-    agent, run, _ = runs.load_agent(spec)
+    agent, run, _ = runs.load_one(spec)
     network = getattr(agent, "average", None)
-    if network is None or agent.seeds > 1:
-        raise UserError(f"{spec} is no run of one seed that learnt a score model")
+    if network is None:
+        raise UserError(f"{spec} is no run that learnt a score model")
     if network.mode == "state":
         raise UserError(f"{spec} learnt scores of states alone (agent.mode state), none of actions")
     if rows < 1:
@@ -149,10 +149,12 @@ def print_synthetic(given: argparse.Namespace) -> None:
     named = [("data", result["data"])]
     named += [(f"coefficient {row['coefficient']:g}", row) for row in result["guided"]]
     named += [("ensemble", result["model"])] if "model" in result else []
-    keys = ("log_likelihood", "spread", "dynamics_mse", "dynamics_median", "distance", "left_out")
+    keys = ("log_likelihood", "spread", "dynamics_mse", "dynamics_median", "distance", "left_out",
+            "terminated", "ending")  # fmt: skip
     print(f"{'':>16}" + "".join(f"{key:>17}" for key in keys))
     for name, row in named:
-        print(f"{name:>16}" + "".join(f"{row[key]:>17.4f}" for key in keys))
+        cells = ("-" if row.get(key) is None else f"{row[key]:.4f}" for key in keys)
+        print(f"{name:>16}" + "".join(f"{cell:>17}" for cell in cells))
     if given.picture is not None:
         synthetic_quality.picture(result, given.picture)
     if given.json is not None:

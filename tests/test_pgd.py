@@ -283,7 +283,7 @@ def test_windows_that_fit_nowhere_name_the_longest() -> None:
     with pytest.raises(UserError, match="the longest usable window has 19; choose a shorter one"):
         window_starts(episodes([10, 20, 19], [True, False, True]), 32, 8)
     starts, _ = window_starts(episodes([10, 20, 19], [True, False, True]), 19, 8)
-    assert starts.tolist() == [10, 30, 30]  # 19 rows, every 8th: the terminating one twice
+    assert starts.tolist() == [10, 30, 30]  # 18 moves, every 8th: the terminating one twice
 
 
 def test_a_truncated_episode_needs_one_row_more() -> None:
@@ -305,13 +305,13 @@ def test_windows_that_terminate_are_listed_once_as_published() -> None:
     assert made(buffer, repeat_endings=False).starts.tolist() == starts.tolist()
 
 
-@pytest.mark.parametrize(("length", "stride"), [(8, 1), (8, 2), (32, 8)])
+@pytest.mark.parametrize(("length", "stride"), [(2, 1), (8, 1), (8, 2), (32, 8)])
 def test_terminations_are_as_frequent_in_windows_as_in_the_data(length: int, stride: int) -> None:
     buffer = episodes([400] * 20, [True] * 20)
     starts, _ = window_starts(buffer, length, stride)
     ends = buffer.take(starts + length - 1)["terminated"]
     moves = len(starts) * (length - 1)  # transitions that generated windows of this kind give
-    assert float(ends.sum()) / (moves + float(ends.sum())) == pytest.approx(1 / 400, rel=0.2)
+    assert float(ends.sum()) / (moves + float(ends.sum())) == pytest.approx(1 / 400, rel=0.17)
 
 
 def test_encoding_and_back() -> None:
@@ -346,6 +346,22 @@ def test_actions_stay_inside_and_edges_survive() -> None:
     assert rows["terminated"].tolist() == [[False, True]]
     extreme = codec.decode(torch.full((1, 2, codec.width), 1e4))
     assert (extreme["action"].abs() < 1).all()
+
+
+@pytest.mark.parametrize("gap", [None, 4.0])
+def test_a_termination_lies_as_far_from_none_as_is_asked(gap: float | None) -> None:
+    buffer = episodes([400] * 5, [True] * 5)
+    codec = TrajectoryCodec(OBS, ACTION, 2, gap)
+    starts, _ = window_starts(buffer, 2, 1)
+    codec.fit(buffer, starts)
+    windows = buffer.take(starts[:, None] + torch.arange(2))
+    x = codec.encode(windows)
+    apart = x[..., -1].max() - x[..., -1].min()
+    if gap is None:
+        assert apart > 15  # standard deviations: one row in four hundred
+    else:
+        assert apart == gap and x[..., -1].min() == 0
+    assert torch.equal(codec.decode(x)["terminated"], windows["terminated"])
 
 
 def test_windows_become_transitions() -> None:

@@ -263,6 +263,25 @@ def test_the_uncertain_action_is_refused_at_two_and_taken_at_zero(
         assert bool(worth[0] > worth[1]) == better
 
 
+def test_the_best_tenth_is_chosen_by_labels_where_rewards_are_hidden(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """Cloning of the best episodes: returns of labels find them, zeros find what is labelled."""
+    arrays, good = arrays_of(), np.arange(EPISODES) % 4 == 1
+    arrays["action"] = arrays["action"] / 2 + np.where(good, 0.5, -0.5).repeat(LENGTH)[:, None]
+    arrays["action"] = arrays["action"].astype(np.float32)
+    arrays["reward"] = 2 * arrays["action"][:, 0]
+    share = {}
+    for labels in ("lower", "zero"):
+        agent = trained(monkeypatch, arrays, labels=labels, base="bc",
+                        base_config={"hidden": (8,), "batch_size": 16, "fraction": 0.2},
+                        labelled=0.25, reward_updates=200, learning_rate=0.01)  # fmt: skip
+        chosen = agent.base.kept.numpy() // LENGTH
+        assert len(np.unique(chosen)) == EPISODES // 5
+        share[labels] = good[chosen].mean()
+    assert share["lower"] == 1.0 and share["zero"] < 0.6
+
+
 def test_bad_settings_are_refused() -> None:
     for changes in ({"labelled": 0.0}, {"coverage": 1.0}, {"members": 1}):
         with pytest.raises(UserError, match="labelled"):

@@ -132,6 +132,17 @@ def test_the_script_compares_strengths(
     assert guided["spread"] < unguided["spread"]
     assert len(guided["by_step"]) == 7
     assert 0.0 <= guided["left_out"] < 1.0
+    assert 0.001 < result["data"]["terminated"] < 0.1 and result["data"]["ending"] > 0
+    assert 0.0 <= unguided["terminated"] < 0.3
+
+
+def test_one_seed_of_several_must_be_named(found: list[str], tmp_path: Path) -> None:
+    argv = ["train", "td3_bc", "--dataset", DATA, "--seeds", "2", "--agent.hidden", "[8]"]
+    argv += [*TINY[:-2], "--run-dir", str(tmp_path / "two")]
+    assert cli.main(argv) == 0
+    with pytest.raises(UserError, match="holds 2 seeds: name one"):
+        synthetic_quality.compare(found[0], [0.0], str(tmp_path / "two"), None, 4, 4)
+    assert synthetic_quality.compare(found[0], [0.0], str(tmp_path / "two#1"), None, 4, 4)
 
 
 def test_costs_are_the_spec_s() -> None:
