@@ -128,7 +128,7 @@ def test_corrected_policies(judge: str) -> None:
         check(corrected, list(after))
         check(paired, list(after - before))
         seen += 1
-    assert seen == 21
+    assert seen == 22
 
 
 def test_channels_of_the_joint_mode() -> None:
