@@ -114,6 +114,28 @@ def test_rewards_known_on_a_few_trajectories() -> None:
     check("31.3 ± 8.6", [a - b for a, b in zip(zero, lower, strict=True)])
 
 
+def test_rewards_known_on_a_few_trajectories_choose_what_to_clone() -> None:
+    def last(name: str) -> list[float]:
+        found = [raw(f"spl/{name}.{k}")["last"] for k in range(3)]
+        assert all(run["updates"] == 20_000 for run in found)
+        return [run["score"][0] for run in found]
+
+    zero, lower = (last(f"walker2d-medium.0.01.{label}") for label in ("zero", "lower"))
+    assert "zeros 61.5 ± 5.0 (62.2, 63.1, 59.2)" in TEXT
+    check("61.5 ± 5.0 (62.2, 63.1, 59.2)", zero)
+    check("36.1 ± 17.2 (30.4, 43.8, 34.2)", lower)
+    check("25.4 ± 15.5", list(np.subtract(zero, lower)))
+    labels = {"left out": "none", "0": "zero", "lower bound": "lower"}
+    scores = {}
+    for name, *cells in rows("| rewards of the other trajectories, halfcheetah-mixed |"):
+        for share, cell in zip(("0.05",), cells, strict=True):
+            scores[name, share] = last(f"bc.halfcheetah-mixed.{share}.{labels[name]}")
+            check(cell, scores[name, share])
+    assert len(scores) == 3
+    gain = np.subtract(scores["lower bound", "0.05"], scores["left out", "0.05"])
+    check("5.0 ± 3.7", list(gain))
+
+
 @pytest.mark.parametrize("judge", ["off", "value"])
 def test_corrected_policies(judge: str) -> None:
     agents = {"IQL": "iql", "TD3+BC": "td3_bc", "ReBRAC": "rebrac", "CQL": "cql"}
