@@ -215,6 +215,50 @@ def test_what_guidance_trades() -> None:
     assert seen == len(named)
 
 
+def test_terminations_that_are_generated() -> None:
+    files = {
+        "listed twice, standardised": "before",
+        "standardised (`null`)": "standardised",
+        "a gap of 8": "gap8",
+        "a gap of 4 (default)": "gap4",
+        "a gap of 1": "gap1",
+    }
+    seen = set()
+    for name, *cells in rows("| hopper-medium | transitions that end an episode |"):
+        kept = raw(f"pgd/endings.{files.get(name, 'gap4')}")
+        row = kept["data"] if name == "data" else kept["guided"][0]
+        found = [row[key] for key in ("terminated", "ending", "dynamics_mse")]
+        for cell, value, digits in zip(cells, found, (4, 2, 4), strict=True):
+            assert float(cell) == pytest.approx(value, abs=0.51 * 10**-digits)
+        seen.add(name)
+    assert seen == {"data", *files}
+
+
+def test_learners_on_generated_rows_of_the_hopper() -> None:
+    files = {
+        ("real", "0 to 2"): "td3_bc.hopper-medium",
+        ("unguided", "0 to 2"): "pgd/hopper.unguided",
+        ("guided", "0 to 2"): "pgd/hopper.guided",
+        ("real", "3 to 5"): "pgd/hopper.real.b",
+        ("unguided", "3 to 5"): "pgd/hopper.unguided.b",
+    }
+    seen, ends = set(), {}
+    for name, seeds, *cells, last in rows("| rows, hopper-medium | seeds |"):
+        file = files[name, seeds]
+        scores = {e["updates"]: e["score"] for e in raw(f"{file}.results")["evaluations"]}
+        for updates, cell in zip((50_000, 80_000), cells, strict=True):
+            check(cell, scores[updates])
+        ends[name, seeds] = raw(f"{file}.final")["evaluations"][0]["score"]
+        check(last, ends[name, seeds])
+        seen.add((name, seeds))
+    assert seen == set(files)
+    check("35.2 ± 15.8", list(np.subtract(ends["unguided", "0 to 2"], ends["guided", "0 to 2"])))
+    six = {name: ends[name, "0 to 2"] + ends[name, "3 to 5"] for name in ("real", "unguided")}
+    check("81.9 ± 16.7", six["unguided"])
+    check("68.1 ± 10.7", six["real"])
+    check("13.7 ± 22.7", list(np.subtract(six["unguided"], six["real"])))
+
+
 def test_learners_on_generated_rows_of_the_cheetah() -> None:
     files = {
         "real": "td3_bc.halfcheetah-medium.results",
