@@ -210,9 +210,9 @@ def compare(
     starts, _ = window_starts(buffer, length + 1, agent.config.stride, agent.config.repeat_endings)
     real = buffer.windows(windows, length, starts)
     ends = buffer.arrays()["obs"][buffer.arrays()["terminated"]] / std
-    share = len(ends) / len(buffer)
     results: dict[str, Any] = {"window": length + 1, "data": asked(_plain(real)), "guided": []}
-    results["data"] |= {"terminated": share, "ending": _nearest(ends[::2], ends[1::2])}
+    results["data"]["terminated"] = len(ends) / len(buffer)
+    results["data"]["ending"] = _nearest(ends[::2], ends[1::2])
     results["data"]["paths"] = real["obs"][:PATHS, :, 0].tolist()
     for coefficient in coefficients:
         agent.coefficient.fill_(coefficient)
@@ -224,12 +224,11 @@ def compare(
         }
         last = codec.last(x)
         ended = last["obs"][last["terminated"]] / std
-        share = len(ended) / (windows * length + len(ended))
         results["guided"].append(
             {
                 "coefficient": coefficient,
                 **asked(rows),
-                "terminated": share,
+                "terminated": len(ended) / (windows * length + len(ended)),
                 "ending": _nearest(ended, ends),
                 "paths": rows["obs"][:PATHS, :, 0].tolist(),
             }
