@@ -15,7 +15,7 @@ import torch
 from gymnasium import spaces
 
 import rl_shift
-from rl_shift import datasets, policies
+from rl_shift import datasets, policies, runs
 from rl_shift.envs import make_env
 from rl_shift.errors import UserError
 from rl_shift.policies import TanhGaussianPolicy, load_policy
@@ -188,9 +188,7 @@ def test_a_trained_agent_can_be_recorded(tmp_path: Path, monkeypatch: pytest.Mon
         def run(self, act: Any, *data: Any) -> Any:
             return act(*data)
 
-    runs: Any = ModuleType("rl_shift.runs")
-    runs.load_agent = lambda spec: (Agent(), None, [])
-    monkeypatch.setitem(sys.modules, "rl_shift.runs", runs)
+    monkeypatch.setattr(runs, "load_agent", lambda spec: (Agent(), None, []))
     before = torch.get_rng_state()
     files = [record(["run#0"], "Pendulum-v1", 30, tmp_path / f"{i}.hdf5") for i in range(2)]
     assert files[0].read_bytes() == files[1].read_bytes()
