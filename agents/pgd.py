@@ -33,7 +33,7 @@ from rl_shift.denoisers import ResidualMLP, TemporalUNet
 from rl_shift.diffusion import EDM, Sampler, Solver
 from rl_shift.errors import UserError, check_fields
 from rl_shift.guidance import Form, Guidance, Norm, log_likelihood, tuned
-from rl_shift.synthetic import Synthetic, described, taking_turns
+from rl_shift.synthetic import Synthetic, taking_turns
 from rl_shift.trajectories import TrajectoryCodec, window_starts
 
 if TYPE_CHECKING:
@@ -303,7 +303,8 @@ class PGD(Wrapper):
     def report(self, rows: Batch) -> Metrics:
         """What is worth knowing about generated rows."""
         ended = rows["endings"].to(rows["reward"]).sum()
-        return described(rows) | {
+        return {
+            "reward": rows["reward"].mean(),
             "terminated": ended / (rows["reward"].numel() + ended),
             "log_likelihood": rows["log_likelihood"].mean(),
             "saturated": (rows["action"].abs() > 0.99).to(rows["reward"]).mean(),

@@ -116,7 +116,7 @@ class Synthetic:
 
 
 def described(rows: Batch) -> Metrics:
-    """What is worth knowing about generated rows of any kind."""
+    """What is worth knowing about generated rows that end episodes themselves."""
     reward = rows["reward"]
     return {"reward": reward.mean(), "terminated": rows["terminated"].to(reward).mean()}
 
