@@ -218,7 +218,7 @@ def test_what_guidance_trades() -> None:
 
 def test_terminations_that_are_generated() -> None:
     files = {
-        "listed twice, standardised": "before",
+        "commit 03af72f: listed twice, standardised": "before",
         "standardised (`null`)": "standardised",
         "a gap of 8": "gap8",
         "a gap of 4 (default)": "gap4",
@@ -233,6 +233,20 @@ def test_terminations_that_are_generated() -> None:
             assert float(cell) == pytest.approx(value, abs=0.51 * 10**-digits)
         seen.add(name)
     assert seen == {"data", *files}
+
+
+def test_learners_on_generated_rows_of_the_small_set() -> None:
+    seen = 0
+    for name, first, last, whole in rows("| rows | 5,000 updates (seeds) |"):
+        kind = name.removesuffix(", windows of 2, terminations as above")
+        if kind not in ("unguided", "guided"):
+            continue
+        scores = [e["score"] for e in raw(f"pgd/windows2.corrected.{kind}")["evaluations"]]
+        assert [float(x) for x in first.split(", ")] == pytest.approx(scores[0], abs=0.051)
+        check(last, scores[-1])
+        check(whole, list(np.mean(scores, 0)))
+        seen += 1
+    assert seen == 2
 
 
 def test_learners_on_generated_rows_of_the_hopper() -> None:
@@ -280,7 +294,8 @@ def test_learners_on_generated_rows_of_the_cheetah() -> None:
         seen.add(name)
     assert seen == set(files)
     kept = raw("pgd/tradeoff.halfcheetah-medium.long.0")
-    found = [kept["data"], *kept["guided"], kept["model"]]
+    longer = raw("pgd/tradeoff.halfcheetah-medium.long.ensemble.0")
+    found = [kept["data"], *kept["guided"], kept["model"], longer["model"]]
     keys = ("log_likelihood", "spread", "dynamics_mse", "dynamics_median", "distance")
     table = list(rows("| halfcheetah-medium, longer training |"))
     for row, (_, *cells) in zip(found, table, strict=True):
