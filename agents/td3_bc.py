@@ -40,6 +40,7 @@ class TD3BC(Agent):
         policy_noise: float = 0.2  # target smoothing
         noise_clip: float = 0.5
         policy_delay: int = 2  # critic updates per actor update
+        layer_norm: bool = False  # critics only; True is ours, after ReBRAC
         normalize: bool = True  # observations, std + 1e-3
         exploration_noise: float = 0.1  # online only; TD3
 
@@ -57,8 +58,9 @@ class TD3BC(Agent):
 
     def networks(self, obs: int, action: int) -> tuple[DeterministicActor, ActionValues]:
         """Actor and critics for these widths; what descends from TD3+BC has others."""
-        hidden = self.config.hidden
-        return DeterministicActor(obs, hidden, action), Critic(obs, action, hidden)
+        c = self.config
+        actor = DeterministicActor(obs, c.hidden, action)
+        return actor, Critic(obs, action, c.hidden, layer_norm=c.layer_norm)
 
     def learning_rates(self) -> dict[str, float]:
         """Adam's rate of each network."""

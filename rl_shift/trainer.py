@@ -25,6 +25,7 @@ from rl_shift.compile import Updater
 from rl_shift.errors import TrainingDiverged, UserError
 from rl_shift.evaluation import Evaluator
 from rl_shift.life import Life
+from rl_shift.value_check import ValueCheck
 
 if TYPE_CHECKING:
     from rl_shift.agent import Agent, Metrics, Stage
@@ -85,6 +86,7 @@ class Trainer:
         self._evaluators: dict[int, Evaluator] = {}
         self._rollouts: deque[tuple[float, float]] = deque(maxlen=100)
         self._metrics: Metrics = {}
+        self._value_check: ValueCheck | None = None  # of the task's data
         self._resumed: Mapping[str, Any] | None = None
         self._saved = False  # whether there is a checkpoint to go on from
         self._stop = False
@@ -251,6 +253,8 @@ class Trainer:
 
     def _log(self, stage: Stage) -> None:
         self._check_finite()
+        if self._value_check is not None and not stage.env_steps:
+            self._value_check(self._metrics, self.clock.total_updates)
         prefix = "train" if stage.counted else stage.name
         values = {f"{prefix}/{k}": float(v.float().mean()) for k, v in self._metrics.items()}
         self._stop_watch()
@@ -350,6 +354,7 @@ class Trainer:
                 )
                 arrays["task"] = np.full(len(arrays["reward"]), k, dtype=np.int64)
                 self.buffer = Buffer.from_arrays(arrays, device, seeds)
+        self._value_check = None if task.data is None else ValueCheck(self.agent, self.buffer)
         if task.env_steps:
             assert task.env is not None
             env = envs.make(task.env, config.lanes, shift=task.shift, obs_pad=task.obs_pad)

@@ -7,6 +7,7 @@ denoiser alone, to show what that would gain.
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from itertools import product
 from typing import Any
 
 import numpy as np
@@ -28,7 +29,7 @@ from rl_shift.benchmark import (
 OBS, ACTION = 17, 6
 DATA = {"tasks.0.dataset": "rl_shift/hopper-replay-v0"}  # presets need one; nothing is read
 TOLERANCE = 1e-3  # between equal samples, standardised; medium precision is not held to it
-BATCHES = {"windows of pgd.td3_bc": 512, "transitions of synther": 64}  # per call
+BATCHES = {"windows of pgd.td3_bc": (1024, 7168), "transitions of synther": (64,)}  # per call
 
 
 def made(what: str) -> Any:
@@ -60,21 +61,20 @@ def sampling(agent: Any, count: int, guided: bool) -> Callable[[], Tensor]:
 def candidates_of(what: str, modes: Sequence[str], levels: Sequence[str]) -> list[Candidate]:
     """Every variant, eager at the highest precision first, which the compiled ones must equal."""
     found: list[Candidate] = []
-    expected: dict[bool, Tensor] = {}
-    for guided in (True, False) if "pgd" in what else (False,):
-        for mode in modes:
-            for level in levels:
-                agent = made(what)
-                if mode == "on":
-                    agent.averaged = torch.compile(agent.averaged, fullgraph=True, dynamic=False)
-                name = f"{what}, {'guided, ' if guided else ''}compile={mode}, {level}"
-                call = sampling(agent, BATCHES[what], guided)
-                found.append(warm_up(Candidate(name, call, BATCHES[what], level), calls=2))
-                with precision(level):
-                    samples = call()
-                gap = largest_difference([samples], [expected.setdefault(guided, samples)])
-                if level == "highest" and gap > TOLERANCE:
-                    raise AssertionError(f"{name} samples differ by {gap:.1e}: not timed")
+    expected: dict[tuple[bool, int], Tensor] = {}
+    forms = (True, False) if "pgd" in what else (False,)
+    for guided, count, mode, level in product(forms, BATCHES[what], modes, levels):
+        agent = made(what)
+        if mode == "on":
+            agent.averaged = torch.compile(agent.averaged, fullgraph=True, dynamic=False)
+        name = f"{count} {what}, {'guided, ' if guided else ''}compile={mode}, {level}"
+        call = sampling(agent, count, guided)
+        found.append(warm_up(Candidate(name, call, count, level), calls=2))
+        with precision(level):
+            samples = call()
+        gap = largest_difference([samples], [expected.setdefault((guided, count), samples)])
+        if level == "highest" and gap > TOLERANCE:
+            raise AssertionError(f"{name} samples differ by {gap:.1e}: not timed")
     return found
 
 

@@ -236,14 +236,14 @@ def test_generation_is_timed_only_where_samples_are_equal(
 ) -> None:
     generation = script("bench_generation")
     first, second = generation.BATCHES
-    monkeypatch.setattr(generation, "BATCHES", {first: 4, second: 2})
+    monkeypatch.setattr(generation, "BATCHES", {first: (4,), second: (2,)})
     rows = generation.generation_section(
         modes=("off",), levels=("highest", "medium"), rounds=1, seconds=0.01
     )
     assert [row.name for row in rows] == [
-        f"{first}, guided, compile=off, highest", f"{first}, guided, compile=off, medium",
-        f"{first}, compile=off, highest", f"{first}, compile=off, medium",
-        f"{second}, compile=off, highest", f"{second}, compile=off, medium",
+        f"4 {first}, guided, compile=off, highest", f"4 {first}, guided, compile=off, medium",
+        f"4 {first}, compile=off, highest", f"4 {first}, compile=off, medium",
+        f"2 {second}, compile=off, highest", f"2 {second}, compile=off, medium",
     ]  # fmt: skip
     assert {row.unit for row in rows} == {"windows/s", "transitions/s"}
     assert all(row.rates[0] > 0 for row in rows)

@@ -128,10 +128,10 @@ def test_rewards_known_on_a_few_trajectories_choose_what_to_clone() -> None:
     labels = {"left out": "none", "0": "zero", "lower bound": "lower"}
     scores = {}
     for name, *cells in rows("| rewards of the other trajectories, halfcheetah-mixed |"):
-        for share, cell in zip(("0.01", "0.05"), cells, strict=True):
+        for share, cell in zip(("0.01", "0.05", "0.1"), cells, strict=True):
             scores[name, share] = last(f"bc.halfcheetah-mixed.{share}.{labels[name]}")
             check(cell, scores[name, share])
-    assert len(scores) == 6
+    assert len(scores) == 9
     for share, cell in (("0.01", "28.6 ± 39.4"), ("0.05", "5.0 ± 3.7")):
         gain = np.subtract(scores["lower bound", share], scores["left out", share])
         check(cell, list(gain))
