@@ -58,6 +58,27 @@ def test_base_agents() -> None:
     assert seen == 27
 
 
+def test_values_that_cannot_be_true() -> None:
+    name = "td3_bc.walker2d-medium"
+    values, run = raw(f"{name}.values"), raw(f"{name}.layer_norm.results")
+    scores = {e["updates"]: e["score"] for e in run["evaluations"]}
+    kinds = ("published", "published.seed0.highest", "published.seed1.highest", "layer_norm")
+    seen = 0
+    for updates, *cells, last in rows("| updates, walker2d-medium | value, published, 3 seeds |"):
+        step = updates.replace(",", "")
+        for kind, cell in zip(kinds, cells, strict=True):
+            if cell == "–":
+                assert step not in values[kind]
+                continue
+            assert float(cell.replace(",", "")) == pytest.approx(values[kind][step], abs=0.51)
+            seen += 1
+        assert [int(x) for x in last.split(", ")] == [round(x) for x in scores[int(step)]]
+    assert seen == 6 + 5 + 4 + 6
+    check(
+        "62.1 ± 31.8 (71.5, 47.5, 67.3)", raw(f"{name}.layer_norm.final")["evaluations"][0]["score"]
+    )
+
+
 def test_the_sweep() -> None:
     seen = 0
     for name, _, *cells in rows("| set, 20,000 updates | data | BC |"):
