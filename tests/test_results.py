@@ -295,6 +295,79 @@ def test_learners_on_generated_rows_of_the_hopper() -> None:
     check("13.7 ± 22.7", list(np.subtract(six["unguided"], six["real"])))
 
 
+def test_learners_on_generated_rows_of_three_sets() -> None:
+    ends = {}
+    for data, name, *cells, last in rows("| set | rows | 50,000 updates |"):
+        file = f"td3_bc.{data}" if name == "real" else f"pgd/{data}.{name}"
+        scores = {e["updates"]: e["score"] for e in raw(f"{file}.results")["evaluations"]}
+        for updates, cell in zip((50_000, 80_000), cells, strict=True):
+            check(cell, scores[updates])
+        ends[data, name] = np.array(raw(f"{file}.final")["evaluations"][0]["score"])
+        check(last, ends[data, name])
+    assert len(ends) == 9
+    for data, one, other, cell in (
+        ("walker2d-mixed", "guided", "unguided", "38.0 ± 24.0"),
+        ("walker2d-mixed", "guided", "real", "-4.6 ± 24.4"),
+        ("walker2d-mixed", "real", "unguided", "42.6 ± 26.4"),
+        ("hopper-mixed", "guided", "real", "14.8 ± 63.7"),
+        ("hopper-mixed", "guided", "unguided", "7.4 ± 16.7"),
+    ):
+        assert cell in TEXT
+        check(cell, list(ends[data, one] - ends[data, other]))
+    files = {
+        "real": "td3_bc.hopper-medium",
+        **{k: f"pgd/hopper.{k}" for k in ("unguided", "guided")},
+    }
+    for name, file in files.items():
+        ends["hopper-medium", name] = np.array(raw(f"{file}.final")["evaluations"][0]["score"])
+        (line,) = re.findall(r"Mean over the four sets: (.*?)\. ", TEXT)
+        (cell,) = re.findall(rf"\b{name} ([^()]*\([^()]*\))", line)
+        check(cell, list(np.mean([v for (_, arm), v in ends.items() if arm == name], 0)))
+    kept = raw("pgd/learners")
+    for data, *cells in rows("| set | cloning, unguided |"):
+        found = [
+            kept[data][arm][key] for key in ("cloning", "value") for arm in ("unguided", "guided")
+        ]
+        for cell, value, digits in zip(cells, found, (3, 3, 0, 0), strict=True):
+            assert float(cell.replace(",", "")) == pytest.approx(value, abs=0.51 * 10.0**-digits)
+
+
+def test_learners_whose_critics_have_layer_norm() -> None:
+    files = {
+        "real": "td3_bc.walker2d-medium.layer_norm",
+        "unguided": "pgd/walker2d-medium.unguided.layer_norm",
+    }
+    ends = {}
+    for name, *cells, last in rows("| rows, walker2d-medium, LayerNorm |"):
+        run = raw(f"{files[name]}.results")
+        scores = {e["updates"]: e["score"] for e in run["evaluations"]}
+        for updates, cell in zip((50_000, 80_000), cells, strict=True):
+            check(cell, scores[updates])
+        ends[name] = np.array(raw(f"{files[name]}.final")["evaluations"][0]["score"])
+        check(last, ends[name])
+    assert set(ends) == set(files)
+    check("-7.1 ± 65.9", list(ends["unguided"] - ends["real"]))
+    value = raw("pgd/learners")["walker2d-medium, LayerNorm"]["unguided"]["value"]
+    assert value == pytest.approx(283, abs=0.51)
+
+
+def test_iql_on_generated_rows() -> None:
+    files = {
+        "real": "sweep/iql.halfcheetah-medium",
+        "unguided": "pgd/halfcheetah-medium.iql.c0",
+        "guided, coefficient 1": "pgd/halfcheetah-medium.iql.c1",
+    }
+    last = {}
+    for name, *cells in rows("| rows, halfcheetah-medium, IQL |"):
+        scores = {e["updates"]: e["score"] for e in raw(files[name])["evaluations"]}
+        for updates, cell in zip((10_000, 15_000, 20_000), cells, strict=True):
+            check(cell, scores[updates])
+        last[name] = np.array(scores[20_000])
+    assert set(last) == set(files)
+    check("6.4 ± 4.3", list(last["real"] - last["unguided"]))
+    check("19.3 ± 19.1", list(last["unguided"] - last["guided, coefficient 1"]))
+
+
 def test_learners_on_generated_rows_of_the_cheetah() -> None:
     files = {
         "real": "td3_bc.halfcheetah-medium.results",
