@@ -336,6 +336,7 @@ def test_learners_whose_critics_have_layer_norm() -> None:
     files = {
         "real": "td3_bc.walker2d-medium.layer_norm",
         "unguided": "pgd/walker2d-medium.unguided.layer_norm",
+        "guided": "pgd/walker2d-medium.guided.layer_norm",
     }
     ends = {}
     for name, *cells, last in rows("| rows, walker2d-medium, LayerNorm |"):
@@ -347,8 +348,18 @@ def test_learners_whose_critics_have_layer_norm() -> None:
         check(last, ends[name])
     assert set(ends) == set(files)
     check("-7.1 ± 65.9", list(ends["unguided"] - ends["real"]))
-    value = raw("pgd/learners")["walker2d-medium, LayerNorm"]["unguided"]["value"]
-    assert value == pytest.approx(283, abs=0.51)
+    check("-8.1 ± 79.7", list(ends["guided"] - ends["real"]))
+    kept = raw("pgd/learners")["walker2d-medium, LayerNorm"]
+    found = [kept[arm]["value"] for arm in ("unguided", "guided")]
+    assert found == pytest.approx([283, 282], abs=0.51)
+    cells = {"real": "52.1 ± 10.2", "unguided": "47.7 ± 22.0", "guided": "50.0 ± 15.4"}
+    for name, cell in cells.items():
+        others = [f"td3_bc.{data}" for data in ("hopper-medium", "hopper-mixed", "walker2d-mixed")]
+        if name != "real":
+            others = [f"pgd/{data}.{name}" for data in ("hopper", "hopper-mixed", "walker2d-mixed")]
+        means = [raw(f"{other}.final")["evaluations"][0]["score"] for other in others]
+        assert cell in TEXT
+        check(cell, list(np.mean([*means, ends[name]], 0)))
 
 
 def test_iql_on_generated_rows() -> None:
