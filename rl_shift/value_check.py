@@ -48,8 +48,9 @@ class ValueCheck:
             self.warned = True
             log.warning(
                 "%s is %.3g after %d updates, but the rewards of the data are worth at most %.3g "
-                "at discount %g: the critic diverges, and the policy learns little from it. "
-                "--agent.layer_norm true, where the agent has it, is a remedy",
+                "at discount %g: the critic diverges, and the policy learns little from it. Try "
+                "--agent.layer_norm true where the agent has it, or a policy held closer to the "
+                "data",
                 METRIC,
                 q,
                 updates,
