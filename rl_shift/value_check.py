@@ -11,6 +11,7 @@ import logging
 from collections.abc import Mapping
 from typing import TYPE_CHECKING
 
+import torch
 from torch import Tensor
 
 if TYPE_CHECKING:
@@ -37,14 +38,19 @@ class ValueCheck:
         configs = (inner.config for inner in agent.contained())
         self.discount = next((c.discount for c in configs if hasattr(c, "discount")), 1.0)
         self.buffer, self.warned = buffer, self.discount >= 1
+        self.worth: float | None = None  # the most that is possible, as far as is known
+        self.exact = False
 
     def __call__(self, metrics: Mapping[str, Tensor], updates: int) -> None:
         """Look at metrics, of one seed or (S,), that are about to be logged."""
         if self.warned or METRIC not in metrics:
             return
         q = float(metrics[METRIC].max())
-        glance = max(1, len(self.buffer) // GLANCE)
-        if q > SLACK * self.largest(glance) and q > SLACK * self.largest(1):
+        if self.worth is None:
+            self.worth = self.worth_of(self.glance())
+        if q > SLACK * self.worth and not self.exact:
+            self.worth, self.exact = self.worth_of(self.buffer.arrays()["reward"]), True
+        if q > SLACK * self.worth:
             self.warned = True
             log.warning(
                 "%s is %.3g after %d updates, but the rewards of the data are worth at most %.3g "
@@ -54,11 +60,16 @@ class ValueCheck:
                 METRIC,
                 q,
                 updates,
-                self.largest(1),
+                self.worth,
                 self.discount,
             )
 
-    def largest(self, every: int) -> float:
-        """What the largest reward among every so many rows would be worth for ever."""
-        reward = self.buffer.arrays()["reward"][::every]
+    def glance(self) -> Tensor:
+        """Rewards of rows spread over the data, which may lie on a disk."""
+        rows = len(self.buffer)
+        index = torch.arange(0, rows, max(1, rows // GLANCE))
+        return self.buffer.take(index)["reward"]
+
+    def worth_of(self, reward: Tensor) -> float:
+        """What the largest of some rewards would be worth for ever."""
         return float(reward.abs().max()) / (1 - self.discount)
