@@ -146,6 +146,13 @@ def test_rewards_known_on_a_few_trajectories_choose_what_to_clone() -> None:
     check("61.5 ± 5.0 (62.2, 63.1, 59.2)", zero)
     check("36.1 ± 17.2 (30.4, 43.8, 34.2)", lower)
     check("25.4 ± 15.5", list(np.subtract(zero, lower)))
+    for label, cell in (
+        ("none", "46.7 ± 36.5 (62.4, 44.3, 33.3)"),
+        ("zero", "44.1 ± 16.5 (51.8, 40.2, 40.2)"),
+        ("lower", "32.4 ± 24.7 (23.5, 30.5, 43.1)"),
+    ):
+        assert cell in TEXT
+        check(cell, last(f"hopper-medium.0.01.{label}"))
     labels = {"left out": "none", "0": "zero", "lower bound": "lower"}
     scores = {}
     for name, *cells in rows("| rewards of the other trajectories, halfcheetah-mixed |"):
