@@ -43,6 +43,27 @@ def check(cell: str, values: Sequence[float], digits: int = 1) -> None:
     assert printed == pytest.approx(expected, abs=0.51 * 10.0**-digits + 1e-9), cell
 
 
+def curve(name: str) -> dict[int, list[float]]:
+    """The scores of every evaluation of a run, by updates."""
+    return {e["updates"]: e["score"] for e in raw(name)["evaluations"]}
+
+
+def check_learner(file: str, cells: Sequence[str]) -> np.ndarray:
+    """Scores after 50,000 and 80,000 updates and of the final evaluation; gives the last."""
+    *on_the_way, last = cells
+    scores = curve(f"{file}.results")
+    for updates, cell in zip((50_000, 80_000), on_the_way, strict=True):
+        check(cell, scores[updates])
+    final = final_scores(file)
+    check(last, list(final))
+    return final
+
+
+def final_scores(file: str) -> np.ndarray:
+    """Of the 50 episodes after a run's last update, per seed."""
+    return np.array(raw(f"{file}.final")["evaluations"][0]["score"])
+
+
 # ---- offline agents ----------------------------------------------------------------------------
 
 
@@ -52,16 +73,14 @@ def test_base_agents() -> None:
         for agent, cell in zip(("bc", "td3_bc", "iql"), cells, strict=True):
             if cell == "–":
                 continue
-            final = raw(f"{agent}.{name}.final")["evaluations"][0]
-            check(cell.rstrip("*"), final["score"])
+            check(cell.rstrip("*"), list(final_scores(f"{agent}.{name}")))
             seen += 1
     assert seen == 27
 
 
 def test_values_that_cannot_be_true() -> None:
     name = "td3_bc.walker2d-medium"
-    values, run = raw(f"{name}.values"), raw(f"{name}.layer_norm.results")
-    scores = {e["updates"]: e["score"] for e in run["evaluations"]}
+    values, scores = raw(f"{name}.values"), curve(f"{name}.layer_norm.results")
     kinds = ("published", "published.seed0.highest", "published.seed1.highest", "layer_norm")
     seen = 0
     for updates, *cells, last in rows("| updates, walker2d-medium | value, published, 3 seeds |"):
@@ -74,9 +93,8 @@ def test_values_that_cannot_be_true() -> None:
             seen += 1
         assert [int(x) for x in last.split(", ")] == [round(x) for x in scores[int(step)]]
     assert seen == 6 + 5 + 4 + 6
-    check(
-        "62.1 ± 31.8 (71.5, 47.5, 67.3)", raw(f"{name}.layer_norm.final")["evaluations"][0]["score"]
-    )
+    assert values["hopper-medium"]["100000"] == pytest.approx(242, abs=0.51)
+    check("62.1 ± 31.8 (71.5, 47.5, 67.3)", list(final_scores(f"{name}.layer_norm")))
 
 
 def test_the_sweep() -> None:
@@ -286,13 +304,8 @@ def test_learners_on_generated_rows_of_the_hopper() -> None:
         ("unguided", "3 to 5"): "pgd/hopper.unguided.b",
     }
     seen, ends = set(), {}
-    for name, seeds, *cells, last in rows("| rows, hopper-medium | seeds |"):
-        file = files[name, seeds]
-        scores = {e["updates"]: e["score"] for e in raw(f"{file}.results")["evaluations"]}
-        for updates, cell in zip((50_000, 80_000), cells, strict=True):
-            check(cell, scores[updates])
-        ends[name, seeds] = raw(f"{file}.final")["evaluations"][0]["score"]
-        check(last, ends[name, seeds])
+    for name, seeds, *cells in rows("| rows, hopper-medium | seeds |"):
+        ends[name, seeds] = list(check_learner(files[name, seeds], cells))
         seen.add((name, seeds))
     assert seen == set(files)
     check("35.2 ± 15.8", list(np.subtract(ends["unguided", "0 to 2"], ends["guided", "0 to 2"])))
@@ -304,13 +317,9 @@ def test_learners_on_generated_rows_of_the_hopper() -> None:
 
 def test_learners_on_generated_rows_of_three_sets() -> None:
     ends = {}
-    for data, name, *cells, last in rows("| set | rows | 50,000 updates |"):
+    for data, name, *cells in rows("| set | rows | 50,000 updates |"):
         file = f"td3_bc.{data}" if name == "real" else f"pgd/{data}.{name}"
-        scores = {e["updates"]: e["score"] for e in raw(f"{file}.results")["evaluations"]}
-        for updates, cell in zip((50_000, 80_000), cells, strict=True):
-            check(cell, scores[updates])
-        ends[data, name] = np.array(raw(f"{file}.final")["evaluations"][0]["score"])
-        check(last, ends[data, name])
+        ends[data, name] = check_learner(file, cells)
     assert len(ends) == 9
     for data, one, other, cell in (
         ("walker2d-mixed", "guided", "unguided", "38.0 ± 24.0"),
@@ -326,7 +335,7 @@ def test_learners_on_generated_rows_of_three_sets() -> None:
         **{k: f"pgd/hopper.{k}" for k in ("unguided", "guided")},
     }
     for name, file in files.items():
-        ends["hopper-medium", name] = np.array(raw(f"{file}.final")["evaluations"][0]["score"])
+        ends["hopper-medium", name] = final_scores(file)
         (line,) = re.findall(r"Mean over the four sets: (.*?)\. ", TEXT)
         (cell,) = re.findall(rf"\b{name} ([^()]*\([^()]*\))", line)
         check(cell, list(np.mean([v for (_, arm), v in ends.items() if arm == name], 0)))
@@ -346,13 +355,8 @@ def test_learners_whose_critics_have_layer_norm() -> None:
         "guided": "pgd/walker2d-medium.guided.layer_norm",
     }
     ends = {}
-    for name, *cells, last in rows("| rows, walker2d-medium, LayerNorm |"):
-        run = raw(f"{files[name]}.results")
-        scores = {e["updates"]: e["score"] for e in run["evaluations"]}
-        for updates, cell in zip((50_000, 80_000), cells, strict=True):
-            check(cell, scores[updates])
-        ends[name] = np.array(raw(f"{files[name]}.final")["evaluations"][0]["score"])
-        check(last, ends[name])
+    for name, *cells in rows("| rows, walker2d-medium, LayerNorm |"):
+        ends[name] = check_learner(files[name], cells)
     assert set(ends) == set(files)
     check("-7.1 ± 65.9", list(ends["unguided"] - ends["real"]))
     check("-8.1 ± 79.7", list(ends["guided"] - ends["real"]))
@@ -364,9 +368,8 @@ def test_learners_whose_critics_have_layer_norm() -> None:
         others = [f"td3_bc.{data}" for data in ("hopper-medium", "hopper-mixed", "walker2d-mixed")]
         if name != "real":
             others = [f"pgd/{data}.{name}" for data in ("hopper", "hopper-mixed", "walker2d-mixed")]
-        means = [raw(f"{other}.final")["evaluations"][0]["score"] for other in others]
         assert cell in TEXT
-        check(cell, list(np.mean([*means, ends[name]], 0)))
+        check(cell, list(np.mean([*map(final_scores, others), ends[name]], 0)))
 
 
 def test_iql_on_generated_rows() -> None:
@@ -377,7 +380,7 @@ def test_iql_on_generated_rows() -> None:
     }
     last = {}
     for name, *cells in rows("| rows, halfcheetah-medium, IQL |"):
-        scores = {e["updates"]: e["score"] for e in raw(files[name])["evaluations"]}
+        scores = curve(files[name])
         for updates, cell in zip((10_000, 15_000, 20_000), cells, strict=True):
             check(cell, scores[updates])
         last[name] = np.array(scores[20_000])
@@ -397,7 +400,7 @@ def test_learners_on_generated_rows_of_the_cheetah() -> None:
     }
     seen = set()
     for name, *cells in rows("| rows, halfcheetah-medium | 30,000 updates |"):
-        scores = {e["updates"]: e["score"] for e in raw(files[name])["evaluations"]}
+        scores = curve(files[name])
         for updates, cell in zip((30_000, 50_000, 70_000, 100_000), cells, strict=True):
             if len(scores[updates]) > 1:
                 check(cell, scores[updates])
