@@ -393,6 +393,7 @@ def test_learners_on_generated_rows_of_the_cheetah() -> None:
     files = {
         "real": "td3_bc.halfcheetah-medium.results",
         "guided, ring of 14,336 windows": "pgd/halfcheetah.guided",
+        "unguided, ring of 14,336 windows": "pgd/halfcheetah.unguided",
         "unguided, ring of 500,000": "pgd/halfcheetah.unguided500k.0",
         "guided, ring of 500,000": "pgd/halfcheetah.guided500k.0",
         "guided, ring of 14,336, short denoiser": "pgd/halfcheetah.short.guided.0",
@@ -408,6 +409,9 @@ def test_learners_on_generated_rows_of_the_cheetah() -> None:
                 assert float(cell) == pytest.approx(scores[updates][0], abs=0.051)
         seen.add(name)
     assert seen == set(files)
+    guided, unguided = (curve(f"pgd/halfcheetah.{arm}")[100_000] for arm in ("guided", "unguided"))
+    assert "(2.5 ± 8.7 from unguided ones)" in TEXT
+    check("2.5 ± 8.7", list(np.subtract(guided, unguided)))
     kept = raw("pgd/tradeoff.halfcheetah-medium.long.0")
     longer = raw("pgd/tradeoff.halfcheetah-medium.long.ensemble.0")
     found = [kept["data"], *kept["guided"], kept["model"], longer["model"]]
