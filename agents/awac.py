@@ -74,7 +74,7 @@ class AWAC(Agent):
         obs = self.normalizer(obs)
         return self.actor.sample(obs) if explore else self.actor(obs).clamp(-1, 1)
 
-    def policy(self, obs: Tensor) -> Policy:
+    def distribution(self, obs: Tensor) -> Policy:
         """(N, obs) -> the Gaussian, its mean as it is before the clip."""
         return Policy(self.actor(self.normalizer(obs)), self.actor.std())
 

@@ -9,9 +9,10 @@ member keeps its last weights, not its best.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import math
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, ClassVar
 
 import torch
 from gymnasium.spaces import Space
@@ -20,7 +21,7 @@ from torch import Tensor
 from rl_shift.agent import Agent, Batch, Metrics, Stage, Wrapper
 from rl_shift.buffer import Buffer, Mixture
 from rl_shift.dynamics import GaussianEnsemble, split_rows
-from rl_shift.synthetic import Synthetic, described, taking_turns
+from rl_shift.synthetic import Synthetic, described, share, taking_turns
 
 if TYPE_CHECKING:
     from rl_shift.config import Task
@@ -35,6 +36,18 @@ class MOPO(Wrapper):
     r~(s, a)    = r_hat(s, a) - lambda max_i |std_i(s, a)|_2
     """
 
+    limits: ClassVar[Mapping[str, tuple[float, float]]] = {
+        **Wrapper.limits,
+        "model_batch": (1, math.inf),
+        "dynamics_updates": (1, math.inf),
+        "check_every": (1, math.inf),
+        "patience": (1, math.inf),
+        "horizon": (1, math.inf),
+        "penalty": (0, math.inf),
+        "starts": (1, math.inf),
+        "rounds": (1, math.inf),
+        "rollout_updates": (1, math.inf),
+    }
     stackable = False  # each seed's model converges at a time of its own
     columns = ("next_obs_known",)
 
@@ -101,7 +114,7 @@ class MOPO(Wrapper):
     def rollout(self, real: Buffer) -> Batch:
         """Fill one block of the ring with rollouts from the data's states; gives its rows."""
         c = self.config
-        count = max(1, round(c.starts / c.rollout_updates))
+        count = share(c.starts, c.rollout_updates, self.synthetic.blocks % c.rollout_updates)
         steps: list[Batch] = []
         with self.synthetic.noise():
             obs = self.begin_rollouts(real, count)
@@ -146,7 +159,7 @@ class MOPO(Wrapper):
         c = self.config
         self.rows, self.termination = None, task.termination
         self.dynamics.fit(buffer.take(self.split(buffer)[0]))
-        self.synthetic.begin(c.rounds * c.starts * c.horizon, buffer)
+        self.synthetic.begin(c.rounds * c.starts * c.horizon, buffer, task)
 
     def focus(self, task: Task) -> None:
         """The rule by which the task's episodes end; a resumed run finds it here."""

@@ -33,7 +33,7 @@ from rl_shift.denoisers import ResidualMLP, TemporalUNet
 from rl_shift.diffusion import EDM, Sampler, Solver
 from rl_shift.errors import UserError, check_fields
 from rl_shift.guidance import Form, Guidance, Norm, log_likelihood, tuned
-from rl_shift.synthetic import Synthetic, taking_turns
+from rl_shift.synthetic import Synthetic, share, taking_turns
 from rl_shift.trajectories import TrajectoryCodec, window_starts
 
 if TYPE_CHECKING:
@@ -57,6 +57,9 @@ class PGD(Wrapper):
         "stride": (1, math.inf),
         "windows": (1, math.inf),
         "synthesis_updates": (1, math.inf),
+        "denoiser_updates": (1, math.inf),
+        "denoiser_batch": (1, math.inf),
+        "average": (0, 1),
         "coefficient": (0, math.inf),
         "spread": (0, math.inf),
     }
@@ -70,7 +73,7 @@ class PGD(Wrapper):
 
         base: str = "td3_bc"  # any offline agent, by name
         base_config: dict[str, Any] = field(default_factory=dict)  # its fields
-        base_run: str = ""  # filled in for --agent.base RUN_DIR: generate for a finished policy
+        base_run: str = ""  # filled in for --agent.base RUN_DIR, a finished policy to diagnose
         denoiser: str = ""  # RUN_DIR whose trained denoiser is used instead of a new one
         # windows and denoiser
         window: int = 32  # rows T
@@ -173,6 +176,7 @@ class PGD(Wrapper):
                 f"give --agent.window {theirs} instead of {self.config.window}"
             )
         super().reuse(field, source)
+        self.synthetic.learnt_from = source.begun[-1] if source.begun else None
 
     # ---- generation ----------------------------------------------------------------------------
 
@@ -207,25 +211,22 @@ class PGD(Wrapper):
         rows = self.codec.transitions(x)
         rows["log_likelihood"] = log_likelihood(self.base.distribution(rows["obs"]), rows["action"])
         last = self.codec.last(x)
-        rows["endings"] = last["terminated"]  # only last rows end an episode
+        rows["endings"] = last["terminated"]  # last rows are no transitions but where they end one
         return rows, last
 
     def synthesise(self) -> Batch:
         """Fill one block of the ring; gives its rows."""
-        guided = self.stage == "guided"
-        fraction = self.config.refresh_fraction if guided else 1.0
-        since = self.synthetic.blocks - self.blocks(1.0)  # the first generation is unguided
-        begins = since % self.blocks(fraction) == 0
+        c, guided = self.config, self.stage == "guided"
+        since = self.synthetic.blocks - self.blocks(1.0)  # the first generation is of all windows
+        fraction = c.refresh_fraction if since >= 0 else 1.0
+        part = since % self.blocks(fraction)
+        count = share(round(c.windows * fraction), self.blocks(fraction), part)
         with self.synthetic.noise():
-            if guided and self.config.spread and begins:
+            if guided and c.spread and part == 0:
                 self.tune()
-            rows, last = self.run(self.rows, self.block(fraction), guided)
+            rows, last = self.run(self.rows, count, guided)
         self.synthetic.extend(rows, last)
         return rows
-
-    def block(self, fraction: float) -> int:
-        """Windows that one update of a generating stage makes."""
-        return max(1, round(self.config.windows * fraction / self.blocks(fraction)))
 
     def blocks(self, fraction: float) -> int:
         """Updates of a generating stage; a refresh of a part takes its part of them."""
@@ -237,8 +238,8 @@ class PGD(Wrapper):
         """The denoiser, unless it is given; then generations and the base's updates in turn."""
         c = self.config
         first = Stage("unguided", self.blocks(1.0), counted=False)
-        again = Stage("guided", self.blocks(c.refresh_fraction), counted=False)
-        again = first if self.unguided else again
+        name = "unguided" if self.unguided else "guided"
+        again = Stage(name, self.blocks(c.refresh_fraction), counted=False)
         turns = taking_turns(super().stages(task), c.refresh_updates, first, again)
         denoiser = Stage("denoiser", c.denoiser_updates, counted=False)
         return turns if c.denoiser else [denoiser, *turns]
@@ -252,11 +253,11 @@ class PGD(Wrapper):
         """Choose windows, take their statistics, make room for what will be generated."""
         super().begin_task(task, buffer)
         c = self.config
-        self.schedules["behaviour"] = self.updates + c.denoiser_updates
+        self.restart_schedule("behaviour", c.denoiser_updates)
         self.find_starts(buffer)
         if not c.denoiser:
             self.codec.fit(buffer, self.starts)
-        self.synthetic.begin(c.windows * (c.window - 1), buffer)
+        self.synthetic.begin(c.windows * (c.window - 1), buffer, task)
 
     def find_starts(self, buffer: Buffer) -> None:
         """The windows to learn from; says what the data lose to short episodes."""
@@ -302,10 +303,10 @@ class PGD(Wrapper):
 
     def report(self, rows: Batch) -> Metrics:
         """What is worth knowing about generated rows."""
-        ended = rows["endings"].to(rows["reward"]).sum()
+        last, within = (rows[k].to(rows["reward"]).sum() for k in ("endings", "terminated"))
         return {
             "reward": rows["reward"].mean(),
-            "terminated": ended / (rows["reward"].numel() + ended),
+            "terminated": (within + last) / (rows["reward"].numel() + last),
             "log_likelihood": rows["log_likelihood"].mean(),
             "saturated": (rows["action"].abs() > 0.99).to(rows["reward"]).mean(),
             "coefficient": self.coefficient.clone(),

@@ -9,6 +9,7 @@ clipped to the box. Known gaps: the online form, rewards of the residual MLP wit
 from __future__ import annotations
 
 import copy
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, ClassVar
@@ -21,7 +22,7 @@ from rl_shift.agent import Agent, Batch, Metrics, Stage, Wrapper
 from rl_shift.buffer import Buffer, Mixture
 from rl_shift.denoisers import ResidualMLP
 from rl_shift.diffusion import EDM, Sampler, Solver
-from rl_shift.synthetic import Synthetic, described, taking_turns
+from rl_shift.synthetic import Synthetic, described, share, taking_turns
 from rl_shift.trajectories import TransitionCodec
 
 if TYPE_CHECKING:
@@ -34,6 +35,14 @@ class SynthER(Wrapper):
     L(denoiser) = E (sigma^2 + 1) / sigma^2 (D(y + sigma eps; sigma) - y)^2
     """
 
+    limits: ClassVar[Mapping[str, tuple[float, float]]] = {
+        **Wrapper.limits,
+        "samples": (1, math.inf),
+        "synthesis_updates": (1, math.inf),
+        "denoiser_updates": (1, math.inf),
+        "denoiser_batch": (1, math.inf),
+        "average": (0, 1),
+    }
     reusable: ClassVar[Mapping[str, tuple[str, ...]]] = {
         "denoiser": ("codec", "behaviour", "averaged")
     }
@@ -89,6 +98,11 @@ class SynthER(Wrapper):
         loss = self.behaviour.loss(self.codec.encode(batch))
         return loss, {"loss": loss}
 
+    def reuse(self, field: str, source: Agent) -> None:
+        """Take a trained denoiser."""
+        super().reuse(field, source)
+        self.synthetic.learnt_from = source.begun[-1] if source.begun else None
+
     def rows(self, count: int) -> Batch:
         """Generated transitions."""
         noise = torch.randn_like(self.codec.mean.expand(count, -1))
@@ -96,7 +110,8 @@ class SynthER(Wrapper):
 
     def synthesise(self) -> Batch:
         """Fill one block of the ring; gives its rows."""
-        count = max(1, round(self.config.samples / self.config.synthesis_updates))
+        c = self.config
+        count = share(c.samples, c.synthesis_updates, self.synthetic.blocks % c.synthesis_updates)
         with self.synthetic.noise():
             rows: Batch = self.run(self.rows, count)
         self.synthetic.extend(rows)
@@ -113,10 +128,10 @@ class SynthER(Wrapper):
     def begin_task(self, task: Task, buffer: Buffer) -> None:
         """Take the data's statistics and make room for what will be generated."""
         super().begin_task(task, buffer)
-        self.schedules["behaviour"] = self.updates + self.config.denoiser_updates
+        self.restart_schedule("behaviour", self.config.denoiser_updates)
         if not self.config.denoiser:
             self.codec.fit(buffer)
-        self.synthetic.begin(self.config.samples, buffer)
+        self.synthetic.begin(self.config.samples, buffer, task)
 
     def extra_state(self) -> dict[str, Any]:
         """What was generated."""

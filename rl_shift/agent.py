@@ -320,6 +320,7 @@ class Agent(Learner):
                     "updates": agent.updates,
                     "begun": [task.plain() for task in agent.begun],
                     "schedules": dict(agent.schedules),
+                    "schedule_starts": dict(agent.schedule_starts),
                     "extra": agent.extra_state(),
                     "optimizers": {
                         name: {
@@ -352,6 +353,7 @@ class Agent(Learner):
             agent.updates = saved["updates"]
             agent.begun = [Task.from_plain(task) for task in saved["begun"]]
             agent.schedules.update(saved["schedules"])  # a longer run keeps its first schedule
+            agent.schedule_starts.update(saved.get("schedule_starts", {}))  # none in older ones
             for task in agent.begun:
                 agent._build(task)
         self.load_state_dict(state["module"])

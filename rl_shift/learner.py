@@ -52,6 +52,7 @@ class Learner(nn.Module):
         self.frozen = False
         self.optimizers: dict[str, torch.optim.Optimizer] = {}
         self.schedules: dict[str, int] = {}
+        self.schedule_starts: dict[str, int] = {}  # of schedules that began later than training
         self.clips: dict[str, float] = {}
         self.structure = 0  # grows whenever tensors may have been added or replaced
         self.live: dict[str, Tensor] | None = None  # set while a compiled unit is traced
@@ -119,6 +120,10 @@ class Learner(nn.Module):
                 self.clips[name] = clip
         self._split.clear()
         self.structure += 1
+
+    def restart_schedule(self, name: str, updates: int) -> None:
+        """Let a submodule's learning rate begin its schedule anew, over `updates` from now on."""
+        self.schedules[name], self.schedule_starts[name] = updates, self.updates
 
     # ---- learning ----------------------------------------------------------------------------
 
@@ -216,7 +221,8 @@ class Learner(nn.Module):
                 continue
             for name, total in agent.schedules.items():
                 group = agent.optimizers[name].param_groups[0]
-                progress = min(agent.updates / total, 1.0) if total else 0.0
+                since = agent.updates - agent.schedule_starts.get(name, 0)
+                progress = min(since / total, 1.0) if total else 0.0
                 group["lr"].fill_(group["initial_lr"] * 0.5 * (1 + math.cos(math.pi * progress)))
 
     def advance(self, succeeded: bool = True) -> None:

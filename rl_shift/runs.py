@@ -571,7 +571,7 @@ def _ended_schedules(agent: Agent, tasks: list[Task], state: Mapping[str, Any]) 
         "so that this network no longer learns: a longer schedule needs a run of its own"
         for part in agent.contained()
         for name, total in part.schedules.items()
-        if total
+        if total and name not in part.schedule_starts  # those end with a stage of their own
     ]
 
 

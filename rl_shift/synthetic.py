@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from gymnasium.spaces import Space
@@ -19,6 +19,9 @@ from rl_shift import seeding
 from rl_shift.agent import Agent, Batch, Metrics, Stage
 from rl_shift.buffer import Buffer, Mixture, PerSeed, transition_spec
 from rl_shift.errors import UserError
+
+if TYPE_CHECKING:
+    from rl_shift.config import Task
 
 
 class Synthetic:
@@ -44,9 +47,20 @@ class Synthetic:
         self.spaces = observation_space, action_space
         self.rings: list[Buffer] = []
         self.task, self.blocks = -1, 0
+        self.learnt_from: Task | None = None  # by a model that is reused
 
-    def begin(self, rows: int, real: Buffer) -> None:
-        """Empty rings for the next task, on the device and with the seeds of its real data."""
+    def begin(self, rows: int, real: Buffer, task: Task) -> None:
+        """Empty rings for the next task, on the device and with the seeds of its real data.
+
+        Raises:
+            UserError: if the reused model would give rewards on another scale than the task's.
+        """
+        source = self.learnt_from
+        if source is not None and source.reward != task.reward:
+            raise UserError(
+                f"the denoiser learnt rewards under `reward: {source.reward}`, task {task.name!r} "
+                f"has `reward: {task.reward}`: give that, or train a denoiser of its own"
+            )
         self._make(rows, real.device, real.seeds)
         self.task, self.blocks = self.task + 1, 0
 
@@ -113,6 +127,12 @@ class Synthetic:
             for k, ring in enumerate(self.rings):
                 ring.load_state(saved[str(k)])
             self.task, self.blocks = int(state["task"]), int(state["blocks"])
+
+
+def share(total: int, parts: int, part: int) -> int:
+    """Size of one of `parts` blocks, as equal as can be, that add up to `total` or 1 each."""
+    total = max(total, parts)
+    return total * (part + 1) // parts - total * part // parts
 
 
 def described(rows: Batch) -> Metrics:

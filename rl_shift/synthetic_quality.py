@@ -224,11 +224,12 @@ def compare(
         }
         last = codec.last(x)
         ended = last["obs"][last["terminated"]] / std
+        inside = int(rows["terminated"].sum())
         results["guided"].append(
             {
                 "coefficient": coefficient,
                 **asked(rows),
-                "terminated": len(ended) / (windows * length + len(ended)),
+                "terminated": (inside + len(ended)) / (windows * length + len(ended)),
                 "ending": _nearest(ended, ends),
                 "paths": rows["obs"][:PATHS, :, 0].tolist(),
             }

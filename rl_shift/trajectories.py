@@ -34,13 +34,15 @@ def window_starts(
 ) -> tuple[Tensor, float]:
     """First rows of the windows to learn from, and the share of rows in episodes too short for any.
 
-    A truncated episode needs `length` + 1 rows: the window of its last row is left out.
+    A truncated episode needs `length` + 1 rows: the window of its last row is left out. Published,
+    that is the row of the timeout, which is no transition where a file has no next observations:
+    of such files one row per truncated episode more is left out here.
 
-    Every `stride`-th start within an episode, every episode's start and every start whose window
-    ends on a termination; none whose window ends on a truncation. A row within an episode opens a
-    transition in `(length - 1) / stride` windows, its last one ends only one: with `repeat`,
-    windows that end on a termination are listed that often, so that terminations are as frequent
-    in what windows give as in the data (ours).
+    Every `stride`-th start at which a window fits, every episode's start and every start whose
+    window ends on a termination; none whose window ends on a truncation. A row within an episode
+    opens a transition in `(length - 1) / stride` windows, its last one ends only one: with
+    `repeat`, windows that end on a termination are listed that often, so that terminations are as
+    frequent in what windows give as in the data (ours).
 
     Args:
         buffer: flat data.
@@ -184,7 +186,7 @@ class TransitionCodec(nn.Module):
         std, mean = torch.std_mean(self._rows(buffer.arrays()).double(), 0, correction=0)
         self.mean.copy_(mean)
         self.std.copy_(std + 1e-5)
-        self.mean[-1], self.std[-1] = 0.0, 1.0
+        self.mean[..., -1], self.std[..., -1] = 0.0, 1.0
 
     def encode(self, batch: Batch) -> Tensor:
         """Transitions (B, ...) -> (B, d)."""

@@ -610,7 +610,7 @@ def test_stacked_seeds_are_the_separate_ones(name: str, on: str, still_noise: No
     stacked = type(separate[0]).stacked(separate)
     generator, data = torch.default_generator.get_state(), data_for(stacked, on, seeds)
     if isinstance(stacked, PGD | SynthER):  # a ring for each seed
-        stacked.synthetic.begin(stacked.synthetic.rings[0].capacity, data)
+        stacked.synthetic.begin(stacked.synthetic.rings[0].capacity, data, stacked.begun[-1])
     learn(stacked, on, data, 10, change=double_batch)
     for k, (seed, alone) in enumerate(zip(seeds, separate, strict=True)):
         learn(alone, on, data_for(alone, on, (seed,)), 10, change=double_batch)

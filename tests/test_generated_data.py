@@ -1,5 +1,6 @@
 """SynthER and MOPO: what they generate, how much of it is kept, and what a batch is made of."""
 
+import dataclasses
 from types import SimpleNamespace
 from typing import Any
 
@@ -14,6 +15,7 @@ from rl_shift.buffer import Buffer
 from rl_shift.config import Task
 from rl_shift.envs import termination
 from rl_shift.errors import UserError
+from rl_shift.synthetic import share
 from rl_shift.trajectories import TransitionCodec
 
 OBS, ACTION = 11, 3  # of the hopper
@@ -80,6 +82,43 @@ def test_transitions_are_encoded_and_decoded() -> None:
         torch.testing.assert_close(rows[key], buffer.arrays()[key], rtol=1e-4, atol=1e-4)
     assert torch.equal(rows["terminated"], buffer.arrays()["terminated"])
     assert codec.decode(torch.full_like(x, 100.0))["action"].abs().max() == 1.0
+
+
+def test_stacked_seeds_are_standardised_alike() -> None:
+    buffer = data()
+    one, two = TransitionCodec(OBS, ACTION), TransitionCodec(OBS, ACTION)
+    one.fit(buffer)
+    two.mean, two.std = two.mean.expand(3, -1).clone(), two.std.expand(3, -1).clone()
+    two.fit(buffer)
+    for k in range(3):
+        assert torch.equal(two.mean[k], one.mean) and torch.equal(two.std[k], one.std)
+
+
+@pytest.mark.parametrize(
+    ("name", "field"),
+    [
+        *(("synther", f) for f in ("samples", "denoiser_batch", "synthesis_updates")),
+        *(("mopo", f) for f in ("starts", "horizon", "rounds", "rollout_updates", "penalty")),
+    ],
+)
+def test_sizes_that_make_nothing_are_refused(name: str, field: str) -> None:
+    with pytest.raises(UserError, match=f"{field} must be at least"):
+        made(name, data(), **{field: -1})
+
+
+def test_blocks_add_up() -> None:
+    for total, parts in ((100, 8), (12, 3), (7, 7)):
+        sizes = [share(total, parts, k) for k in range(parts)]
+        assert sum(sizes) == total and max(sizes) - min(sizes) <= 1
+    assert [share(2, 4, k) for k in range(4)] == [1] * 4  # an update makes something
+
+
+def test_a_model_of_other_rewards_is_refused() -> None:
+    agent, other = (made("synther", data(), width=8, depth=1) for _ in range(2))
+    agent.reuse("denoiser", other)
+    agent.begin_task(task(), data())
+    with pytest.raises(UserError, match="rewards under `reward: raw`, .* has `reward: 1000,-5`"):
+        agent.begin_task(dataclasses.replace(task(), reward="1000,-5"), data())
 
 
 def test_synther_learns_from_generated_rows_alone() -> None:

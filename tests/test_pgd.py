@@ -423,6 +423,8 @@ def test_a_million_updates_generate_a_hundred_times() -> None:
     assert {s.name for s in unguided} == {"denoiser", "unguided", "offline"}
     part = made(refresh_fraction=0.34, synthesis_updates=3).stages(task(30_000))
     assert [s.updates for s in part if s.name in ("unguided", "guided")] == [3, 1, 1]
+    part = made(refresh_fraction=0.34, synthesis_updates=3, coefficient=0.0).stages(task(30_000))
+    assert [s.updates for s in part if s.name == "unguided"] == [3, 1, 1]
     with pytest.raises(UserError, match="no --env-steps"):
         agent.stages(dataclasses.replace(task(), env_steps=5, env="Hopper-v5"))
 
@@ -444,18 +446,41 @@ def test_batches_have_sixteen_real_rows() -> None:
     assert not (batch["obs"][:-16, 0] == batch["obs"][:-16, 0].round()).any()
 
 
-def test_a_part_is_refreshed_and_the_rest_stays() -> None:
+@pytest.mark.parametrize("coefficient", [0.0, 4.0])
+def test_a_part_is_refreshed_and_the_rest_stays(coefficient: float) -> None:
     buffer = episodes([40, 40], [False, False])
-    agent = made(buffer, refresh_fraction=0.34)
+    agent = made(buffer, refresh_fraction=0.34, coefficient=coefficient)
     stage(agent, "unguided")
     for _ in range(3):
         agent.sample(buffer)
     before = agent.synthetic.rings[0].arrays()["obs"].clone()
-    stage(agent, "guided")
+    stage(agent, "guided" if coefficient else "unguided")
     agent.sample(buffer)
     after = agent.synthetic.rings[0].arrays()["obs"]
     changed = int((before != after).any(1).sum())
     assert 4 * 7 <= changed <= 4 * 7 + 4  # windows that terminate have one row more
+
+
+def test_every_task_s_denoiser_learns_at_the_full_rate() -> None:
+    buffer = episodes([40, 40], [False, False])
+    agent = made(buffer, denoiser_updates=4)
+    rates = []
+    for begins in (False, True):
+        if begins:
+            agent.begin_task(task(), buffer)
+        stage(agent, "denoiser")
+        for _ in range(4):
+            agent.schedule()
+            rates.append(float(agent.optimizers["behaviour"].param_groups[0]["lr"]))
+            agent.update(agent.sample(buffer))
+            agent.advance()
+        stage(agent, "unguided")
+        agent.update(agent.sample(buffer))
+        agent.advance()
+    assert rates[:4] == rates[4:] and rates[0] == pytest.approx(1e-3)
+    other = made(denoiser_updates=4)
+    other.load_state(agent.state())
+    assert other.schedule_starts == {"behaviour": 5}
 
 
 def test_generation_leaves_the_training_s_noise_and_data_alone() -> None:
@@ -473,7 +498,7 @@ def test_generation_leaves_the_training_s_noise_and_data_alone() -> None:
     assert float(agent.coefficient) != agent.config.coefficient  # tuned
 
 
-@pytest.mark.parametrize("base", ["td3_bc", "iql", "bc", "sac"])
+@pytest.mark.parametrize("base", ["td3_bc", "iql", "bc", "sac", "awac"])
 def test_guidance_raises_the_likelihood_of_any_base(base: str) -> None:
     """With the base's own normalisation of observations, and whatever its policy is."""
     buffer = episodes([40, 40], [False, False])
@@ -489,6 +514,8 @@ def test_guidance_raises_the_likelihood_of_any_base(base: str) -> None:
     seen: list[Tensor] = []
     agent.base.actor.register_forward_pre_hook(lambda module, inputs: seen.append(inputs[0]))
     agent.base.distribution(torch.full((1, OBS), 8.0)) if base != "sac" else None
+    if base in ("iql", "sac", "awac"):  # their own width, not the unit variance of the others
+        assert agent.base.distribution(torch.zeros(1, OBS)).std is not None
     assert base == "sac" or torch.allclose(seen[0], torch.full((1, OBS), 3 / 3.001), atol=1e-5)
 
 
