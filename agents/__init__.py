@@ -63,6 +63,9 @@ def _from_module(spec: str) -> type[Agent]:
     module_name, _, class_name = spec.partition(":")
     try:
         module = import_module(module_name)
+    except SyntaxError as error:
+        place = f"{error.filename}, line {error.lineno}"
+        raise UserError(f"agent {spec!r} cannot be read: {error.msg} ({place})") from error
     except (ModuleNotFoundError, ValueError) as error:
         # A module missing inside the user's own file is that file's error, not a wrong name.
         missing = getattr(error, "name", None)

@@ -21,7 +21,7 @@ from torch import Tensor
 from rl_shift.agent import Agent, Batch, Metrics, Stage, Wrapper
 from rl_shift.buffer import Buffer, Mixture
 from rl_shift.dynamics import GaussianEnsemble, split_rows
-from rl_shift.synthetic import Synthetic, described, share, taking_turns
+from rl_shift.synthetic import Synthetic, described, needs_dataset, share, taking_turns
 
 if TYPE_CHECKING:
     from rl_shift.config import Task
@@ -155,6 +155,7 @@ class MOPO(Wrapper):
 
     def begin_task(self, task: Task, buffer: Buffer) -> None:
         """Take the data's statistics and make room for the rollouts."""
+        needs_dataset(task)
         super().begin_task(task, buffer)
         c = self.config
         self.rows, self.termination = None, task.termination

@@ -33,7 +33,7 @@ from rl_shift.denoisers import ResidualMLP, TemporalUNet
 from rl_shift.diffusion import EDM, Sampler, Solver
 from rl_shift.errors import UserError, check_fields
 from rl_shift.guidance import Form, Guidance, Norm, log_likelihood, tuned
-from rl_shift.synthetic import Synthetic, share, taking_turns
+from rl_shift.synthetic import Synthetic, needs_dataset, share, taking_turns
 from rl_shift.trajectories import TrajectoryCodec, window_starts
 
 if TYPE_CHECKING:
@@ -251,6 +251,7 @@ class PGD(Wrapper):
 
     def begin_task(self, task: Task, buffer: Buffer) -> None:
         """Choose windows, take their statistics, make room for what will be generated."""
+        needs_dataset(task)
         super().begin_task(task, buffer)
         c = self.config
         self.restart_schedule("behaviour", c.denoiser_updates)

@@ -222,7 +222,8 @@ class SPL(Wrapper):
         mean_there, std_there = self.run(self.moments, buffer.take(unknown))
         beyond = (std_there > std.quantile(0.95)).float().mean()
         gap = (self.lower(mean_there, std_there) - mean_there).mean()
-        self.report.copy_(torch.stack([covered, beyond, gap]))
+        found = torch.stack([covered, beyond, gap])
+        self.report.copy_(found.nan_to_num())  # nothing is uncertain where no reward is unknown
 
     # ---- what the base sees ------------------------------------------------------------------
 

@@ -22,7 +22,7 @@ from rl_shift.agent import Agent, Batch, Metrics, Stage, Wrapper
 from rl_shift.buffer import Buffer, Mixture
 from rl_shift.denoisers import ResidualMLP
 from rl_shift.diffusion import EDM, Sampler, Solver
-from rl_shift.synthetic import Synthetic, described, share, taking_turns
+from rl_shift.synthetic import Synthetic, described, needs_dataset, share, taking_turns
 from rl_shift.trajectories import TransitionCodec
 
 if TYPE_CHECKING:
@@ -127,6 +127,7 @@ class SynthER(Wrapper):
 
     def begin_task(self, task: Task, buffer: Buffer) -> None:
         """Take the data's statistics and make room for what will be generated."""
+        needs_dataset(task)
         super().begin_task(task, buffer)
         self.restart_schedule("behaviour", self.config.denoiser_updates)
         if not self.config.denoiser:

@@ -127,7 +127,7 @@ class Agent(Learner):
         """
         for f in dataclasses.fields(config) if dataclasses.is_dataclass(config) else ():
             value = getattr(config, f.name)
-            if f.name.endswith("hidden") and isinstance(value, tuple) and 0 in value:
+            if f.name.endswith("hidden") and isinstance(value, tuple) and min(value, default=1) < 1:
                 raise UserError(f"{cls.__name__}: {f.name} {list(value)} has a layer without units")
             low, high = cls.limits.get(f.name, (-math.inf, math.inf))
             if not isinstance(value, int | float) or low <= value <= high:

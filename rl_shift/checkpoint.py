@@ -222,9 +222,11 @@ def latest(run_dir: Path) -> Path:
                 f"taking {found[-1].name}, which is older" if found else "there is no older one",
             )
     if not found:
+        aside = run_dir / ".overwritten"
+        kept = f"; what it was to overwrite lies in {aside}" if aside.is_dir() else ""
         raise UserError(
             f"no checkpoint to resume from in {run_dir / 'checkpoints'}: give the folder of a run, "
-            "or start it anew with --overwrite"
+            f"or start it anew with --overwrite{kept}"
         )
     return found[-1]
 

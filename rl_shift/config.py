@@ -130,6 +130,8 @@ class RunConfig:
         for name, bound in least.items():
             if getattr(self, name) < bound:
                 raise UserError(f"{name} must be at least {bound}, not {getattr(self, name)}")
+        if self.seed >= 2**63:
+            raise UserError(f"seed must be less than 2**63, not {self.seed}")
         if self.processes is not None and self.processes < 1:
             raise UserError(f"processes must be at least 1, not {self.processes}")
 
@@ -165,7 +167,13 @@ def dump(config: RunConfig) -> str:
     for f in dataclasses.fields(config):
         if f.name not in skipped:
             data[f.name] = getattr(config, f.name)
-    return yaml.safe_dump(_plain(data), sort_keys=False)
+    try:
+        return yaml.safe_dump(_plain(data), sort_keys=False)
+    except yaml.YAMLError as error:
+        raise UserError(
+            f"a setting of {config.agent_name} cannot be written to config.yaml: "
+            f"{' '.join(map(str, error.args))}; use numbers, words, booleans, lists and mappings"
+        ) from error
 
 
 def plain(agent_config: Any) -> dict[str, Any]:
@@ -278,7 +286,7 @@ def resolve(agent_name: str, layers: Sequence[Layer], flags: Sequence[str] = ())
     """Merges defaults, layers and flags (`--key=value`) for a known agent; checks every key."""
     config_class = config_class_of(agent_name)
     indexed = [(where, _with_indexed_tasks(data, where)) for where, data in layers]
-    named = [int(index) for _, data in indexed for index in data.get("tasks", ())]
+    named = [int(index) for _, data in indexed for index in data.get("tasks") or ()]
     count = max([0, *named, *_task_indices(flags)]) + 1
     parser = run_parser(config_class, count)
 
@@ -447,9 +455,24 @@ def nested(flat: Mapping[str, Any]) -> dict[str, Any]:
     return result
 
 
+class _UniqueKeys(yaml.SafeLoader):
+    """A key that is given twice would lose its first value without a word."""
+
+    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
+        seen = set()
+        for key, _ in node.value:
+            if key.value in seen and key.tag != "tag:yaml.org,2002:merge":
+                raise yaml.constructor.ConstructorError(
+                    problem=f"the key {key.value!r} is given twice", problem_mark=key.start_mark
+                )
+            seen.add(key.value)
+        found: dict[Any, Any] = super().construct_mapping(node, deep)
+        return found
+
+
 def _mapping(text: str, where: str) -> dict[str, Any]:
     try:
-        data = yaml.safe_load(text)
+        data = yaml.load(text, _UniqueKeys)
     except yaml.YAMLError as error:
         mark = getattr(error, "problem_mark", None)
         line = f" line {mark.line + 1}" if mark is not None else ""

@@ -168,6 +168,7 @@ class ConvertSettings:
     """Flags of `rl-shift data convert`."""
 
     compression: str | None = None  # of HDF5, such as gzip; uncompressed files load fastest
+    overwrite: bool = False  # replace the file if it exists
 
 
 def _convert(argv: list[str]) -> int:
@@ -183,6 +184,9 @@ def _convert(argv: list[str]) -> int:
     words, settings, _ = given
     if len(words) != 2:
         raise UserError("give a dataset and where to write it: rl-shift data convert ID|PATH OUT")
+    out = Path(words[1])
+    if out.exists() and not settings.overwrite:
+        raise UserError(f"{out} exists: choose another name, or give --overwrite true")
     from rl_shift.data_convert import convert
 
     print(f"saved {convert(words[0], words[1], settings.compression)}")

@@ -340,6 +340,14 @@ def _report(
     }
 
 
+def _check_replaceable(path: Path) -> None:
+    """An older evaluation may be replaced, another kind of file is somebody's mistake."""
+    if path.exists() and path.stat().st_size:
+        with path.open("rb") as file:
+            if file.read(1) not in b"{[":
+                raise UserError(f"--json {path} exists and is no JSON file: choose another --json")
+
+
 def _check(settings: EvaluationSettings) -> None:
     """Refuses before the episodes are played, not after."""
     for name in ("episodes", "lanes"):
@@ -348,6 +356,7 @@ def _check(settings: EvaluationSettings) -> None:
     check_seed(settings.seed)
     if settings.json is not None:
         atomic.check_writable(Path(settings.json), "choose another --json")
+        _check_replaceable(Path(settings.json))
     if settings.video_steps < 0:
         raise UserError(f"--video-steps must be at least 0, not {settings.video_steps}")
     if settings.video is not None:

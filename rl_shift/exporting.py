@@ -188,7 +188,10 @@ def _torch_export(
     shapes = ({0: torch.export.Dim("rows")},)
     with torch.no_grad():
         program = _tried(lambda: torch.export.export(module, (example,), dynamic_shapes=shapes))
-    torch.export.save(program, path, extra_files={"rl_shift.json": json.dumps(facts)})
+    try:
+        torch.export.save(program, path, extra_files={"rl_shift.json": json.dumps(facts)})
+    except RuntimeError as error:  # torch's own writer, where the place cannot be written
+        raise OSError(" ".join(str(error).split())[:160]) from error
     loaded = torch.export.load(path).module()
     return lambda obs: loaded(torch.from_numpy(obs)).detach().numpy()
 

@@ -146,7 +146,12 @@ class Parser:
     def _typed(self, key: str, value: Any, where: str) -> Any:
         option = self.options[key]
         if isinstance(value, bool) and typing.get_origin(option.hint) is Literal:
-            value = "on" if value else "off"  # YAML 1.1 reads the words on and off as booleans
+            words = ("true", "false") if "true" in typing.get_args(option.hint) else ("on", "off")
+            value = words[not value]  # YAML 1.1 reads all four words as booleans
+        if _is_mapping(option.hint) and isinstance(value, Mapping):
+            return dict(value)  # its reader types the entries: a word "1" or "true" stays one
+        if value is None and not _takes_none(option.hint):
+            raise _wrong_type(key, option, value, where)
         nested: Any = value
         for part in reversed(key.split(".")):
             nested = {part: nested}
@@ -154,6 +159,10 @@ class Parser:
             return self.parser.parse_object(nested, defaults=False)[key]
         except UserError as error:
             raise _wrong_type(key, option, value, where) from error
+
+
+def _takes_none(hint: Any) -> bool:
+    return hint is Any or type(None) in typing.get_args(hint)
 
 
 def options_of(cls: type, prefix: str = "") -> list[Option]:

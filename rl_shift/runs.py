@@ -347,6 +347,7 @@ def _set_torch(run: RunConfig) -> None:
 
 _ASIDE = ".overwritten"  # what an overwritten folder held, until the new run has begun
 _STAYS = ("lock", LOG, _ASIDE)
+_OF_A_RUN = ("config.yaml", "results.json", "metrics.jsonl", "checkpoints", "seed0", LOG)
 
 
 @contextmanager
@@ -361,21 +362,35 @@ def _prepared(folder: Path, run: RunConfig) -> Iterator[None]:
     aside = folder / _ASIDE
     try:
         yield
-    except (TrainingDiverged, KeyboardInterrupt, GeneratorExit):
-        raise  # its logs say how it went
-    except BaseException:
-        if not any([*folder.glob("checkpoints/*"), *folder.glob("seed*/checkpoints/*")]):
-            if fresh:
-                shutil.rmtree(folder, ignore_errors=True)
-            elif aside.is_dir():  # in a folder that was empty, results.json says what failed
-                for entry in folder.iterdir():
-                    if entry.name not in _STAYS:
-                        shutil.rmtree(entry) if entry.is_dir() else entry.unlink()
+    except BaseException as error:
+        ended = isinstance(error, TrainingDiverged | KeyboardInterrupt | GeneratorExit)
+        if not _has_checkpoints(folder):
+            if aside.is_dir():
+                _clear(folder)
                 for entry in aside.iterdir():
                     entry.rename(folder / entry.name)
+            elif fresh and not ended and not _has_logs(folder):  # else they say how it went
+                shutil.rmtree(folder, ignore_errors=True)
         raise
     finally:
         shutil.rmtree(aside, ignore_errors=True)
+
+
+def _has_checkpoints(folder: Path) -> bool:
+    return any([*folder.glob("checkpoints/*"), *folder.glob("seed*/checkpoints/*")])
+
+
+def _has_logs(folder: Path) -> bool:
+    """Whether anything that was trained has been logged."""
+    found = [*folder.glob("metrics.jsonl"), *folder.glob("seed*/metrics.jsonl")]
+    return any(path.stat().st_size for path in found)
+
+
+def _clear(folder: Path) -> None:
+    """Remove what a run has written, but for what it set aside."""
+    for entry in folder.iterdir():
+        if entry.name not in _STAYS:
+            shutil.rmtree(entry) if entry.is_dir() else entry.unlink()
 
 
 def _empty(folder: Path, run: RunConfig) -> None:
@@ -385,19 +400,28 @@ def _empty(folder: Path, run: RunConfig) -> None:
     try:
         if folder.is_dir() and any(folder.iterdir()):
             if not run.overwrite:
-                begun = any(folder.glob("checkpoints/*")) or any(folder.glob("seed*/checkpoints/*"))
+                begun = _has_checkpoints(folder)
                 raise UserError(
                     f"the run folder {folder} is not empty: "
                     f"{'resume it with --resume, ' * begun}choose another --run-dir, or empty it "
                     "with --overwrite"
                 )
+            names = sorted(entry.name for entry in folder.iterdir() if entry.name != "lock")
+            if names and not {*_OF_A_RUN, _ASIDE} & {*names}:
+                raise UserError(
+                    f"--overwrite empties folders of runs, {folder} is none (it holds "
+                    f"{', '.join(names[:3])}): choose another --run-dir"
+                )
             with checkpoint.Lock(folder):
                 aside = folder / _ASIDE
-                shutil.rmtree(aside, ignore_errors=True)
-                aside.mkdir()
-                for entry in folder.iterdir():
-                    if entry.name not in _STAYS:
-                        entry.rename(aside / entry.name)
+                if aside.is_dir() and not _has_checkpoints(folder):  # left by a run that was killed
+                    _clear(folder)
+                else:
+                    shutil.rmtree(aside, ignore_errors=True)
+                    aside.mkdir()
+                    for entry in folder.iterdir():
+                        if entry.name not in _STAYS:
+                            entry.rename(aside / entry.name)
         folder.mkdir(parents=True, exist_ok=True)
     except OSError as error:
         raise UserError(

@@ -11,6 +11,7 @@ from __future__ import annotations
 import json
 import warnings
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -54,12 +55,18 @@ def parsed(data: Mapping[str, Any], where: str) -> Search:
     space = data.get("space")
     if not isinstance(space, Mapping) or not space:
         raise UserError(f"search.space in {where} must hold settings and their ranges")
+    checked: dict[str, Any] = {}
     for key, given in space.items():
         right = isinstance(given, list) and len(given) > 1
         if isinstance(given, Mapping) and {"low", "high"} <= given.keys():
             grid.check_keys(given, ("low", "high", "log", "step"), f"search.space.{key} in {where}")
-            right = all(isinstance(given[k], int | float) for k in ("low", "high"))
-            right = right and given["low"] < given["high"]
+            with suppress(TypeError, ValueError):  # YAML reads 1e-5 as a word
+                given = {
+                    **given,
+                    **{k: _number(given[k]) for k in ("low", "high", "step") if k in given},
+                }
+                right = given["low"] < given["high"]
+        checked[key] = given
         if not right:
             raise UserError(
                 f"search.space.{key} in {where} must be a list of choices or "
@@ -69,7 +76,13 @@ def parsed(data: Mapping[str, Any], where: str) -> Search:
     wrong = [k for k, v in counts.items() if not isinstance(v, int) or v < (k != "seed")]
     if "trials" not in counts or wrong:
         raise UserError(f"search in {where} needs trials, a number of 1 or more; so is parallel")
-    return Search(space=space, **counts)
+    return Search(space=checked, **counts)
+
+
+def _number(given: Any) -> int | float:
+    if isinstance(given, bool):
+        raise TypeError
+    return given if isinstance(given, int) else float(given)
 
 
 def proposed(trial: Any, space: Mapping[str, Any]) -> dict[str, Any]:

@@ -129,6 +129,16 @@ class Synthetic:
             self.task, self.blocks = int(state["task"]), int(state["blocks"])
 
 
+def needs_dataset(task: Task) -> None:
+    """Refuse interaction, before anything looks for rows.
+
+    Raises:
+        UserError: for a task with env_steps, or without a dataset.
+    """
+    if task.env_steps or task.data is None:
+        raise UserError("generated data need a dataset to learn from: give no --env-steps")
+
+
 def share(total: int, parts: int, part: int) -> int:
     """Size of one of `parts` blocks, as equal as can be, that add up to `total` or 1 each."""
     total = max(total, parts)

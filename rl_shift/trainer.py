@@ -329,6 +329,8 @@ class Trainer:
         assert observation_space is not None and action_space is not None
         spec = transition_spec(observation_space, action_space)
         self._lives, self.ring, self.collector = self.lives(), None, None
+        if task.data is None and not task.env_steps:
+            raise UserError(f"task {task.name!r} has nothing to learn from: give --dataset ID|PATH")
         if task.data is not None:
             columns = self.agent.columns
             mapped = data_mapping.mapped_where_needed(
@@ -356,7 +358,11 @@ class Trainer:
                 self.buffer = Buffer.from_arrays(arrays, device, seeds)
         self._value_check = None if task.data is None else ValueCheck(self.agent, self.buffer)
         if task.env_steps:
-            assert task.env is not None
+            if task.env is None:
+                raise UserError(
+                    f"task {task.name!r} has env_steps, and its dataset names no environment: give "
+                    "--env ID"
+                )
             env = envs.make(task.env, config.lanes, shift=task.shift, obs_pad=task.obs_pad)
             capacity = self.agent.buffer_capacity
             if capacity < config.lanes:

@@ -311,6 +311,98 @@ def test_an_overwritten_run_comes_back_if_the_new_one_cannot_begin(
     assert not (folder / ".overwritten").exists()
 
 
+def test_overwriting_loses_nothing_that_is_no_run(
+    run_dir: str, dataset: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    thesis = tmp_path / "thesis.txt"
+    thesis.write_text("years")
+    argv = ["train", "bc", "--dataset", dataset, "--updates", "5", *FEW, "--overwrite", "--run-dir"]
+    assert cli.main([*argv, str(tmp_path)]) == 2
+    assert "is none (it holds thesis.txt)" in capsys.readouterr().err
+    assert thesis.read_text() == "years"
+    folder = tmp_path / "killed"  # by SIGKILL, while it was to replace a finished run
+    shutil.copytree(run_dir, folder / ".overwritten")
+    shutil.copy(Path(run_dir) / "config.yaml", folder)
+    assert cli.main(["train", "--resume", str(folder)]) == 2
+    assert "what it was to overwrite lies in" in capsys.readouterr().err
+    assert cli.main([*argv, str(folder), "--agent.learning_rate", "1e30"]) == 2  # diverges
+    capsys.readouterr()
+    assert cli.main(["evaluate", str(folder), "--episodes", "1"]) == 0  # the finished run is back
+
+
+def test_a_run_that_fails_late_keeps_its_logs(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, dataset: str
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.syspath_prepend(tmp_path)
+    (tmp_path / "late_agent.py").write_text(
+        "from rl_shift.agents.bc import BC\n\n\nclass Late(BC):\n"
+        "    def act(self, obs, explore):\n        raise RuntimeError('late')\n"
+    )
+    argv = ["train", "late_agent:Late", "--dataset", dataset, "--updates", "20", *FEW]
+    with pytest.raises(RuntimeError, match="late"):
+        cli.main([*argv, "--run-dir", "late"])
+    assert Path("late/metrics.jsonl").read_text()
+
+
+@pytest.mark.parametrize(
+    ("text", "told"),
+    [
+        ("seed: null", "seed"),
+        ("seed: 1\nseed: 2", "line 2 is not valid YAML: the key 'seed' is given twice"),
+        ("agent: {hidden: [-3]}", "has a layer without units"),
+        ("seed: 9223372036854775808", "seed must be less than"),
+    ],
+)
+def test_settings_that_mean_nothing_are_told(
+    text: str, told: str, tmp_path: Path, dataset: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    path = tmp_path / "c.yaml"
+    path.write_text(text)
+    argv = ["train", "bc", "--dataset", dataset, "--updates", "5", "--config", str(path)]
+    assert cli.main([*argv, "--run-dir", str(tmp_path / "r")]) == 2
+    assert told in capsys.readouterr().err
+
+
+def test_a_file_of_another_kind_is_not_replaced(
+    run_dir: str, dataset: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    kept = tmp_path / "kept.hdf5"
+    shutil.copy(dataset, kept)
+    before = kept.read_bytes()
+    assert cli.main(["data", "convert", dataset, str(kept)]) == 2
+    assert "exists: choose another name" in capsys.readouterr().err
+    assert cli.main(["evaluate", run_dir, "--episodes", "1", "--json", str(kept)]) == 2
+    assert "is no JSON file" in capsys.readouterr().err
+    assert kept.read_bytes() == before
+    assert cli.main(["data", "convert", dataset, str(kept), "--overwrite", "true"]) == 0
+
+
+def test_an_agent_file_with_an_error_names_the_line(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.syspath_prepend(tmp_path)
+    (tmp_path / "broken_agent.py").write_text("class A:\n    def f(:\n")
+    assert cli.main(["train", "broken_agent:A", "--env", "Pendulum-v1", "--env-steps", "5"]) == 2
+    assert "broken_agent.py, line 2" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    "argv",
+    [
+        ["pgd", "--env", "Pendulum-v1", "--env-steps", "50", "--agent.network", "mlp",
+         "--agent.window", "2"],
+        ["synther", "--env", "Pendulum-v1", "--env-steps", "50", "--agent.width", "8"],
+    ],
+    ids=["pgd", "synther"],
+)  # fmt: skip
+def test_generators_say_that_they_need_data(
+    argv: list[str], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert cli.main(["train", *argv, "--run-dir", str(tmp_path / "r")]) == 2
+    assert "generated data need a dataset" in capsys.readouterr().err
+
+
 def test_what_stopped_before_its_first_checkpoint_is_not_resumed(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

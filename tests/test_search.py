@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import yaml
 
 from rl_shift import cli, estimate, grid, search
 from rl_shift.errors import UserError
@@ -67,6 +68,12 @@ class Asked:
 def test_proposals_keep_types() -> None:
     space = {"a": [[8], [16, 16]], "b": {"low": 1, "high": 4}, "c": {"low": 0.1, "high": 1}}
     assert search.proposed(Asked(), space) == {"a": [16, 16], "b": 4, "c": 1}
+
+
+def test_small_numbers_that_yaml_reads_as_words_are_numbers() -> None:
+    text = "{trials: 2, space: {agent.learning_rate: {low: 1e-5, high: 1e-3, log: true}}}"
+    space = search.parsed(yaml.safe_load(text), "grid.yaml").space
+    assert space["agent.learning_rate"] == {"low": 1e-5, "high": 1e-3, "log": True}
 
 
 def test_a_trial_changes_only_what_is_searched(folder: Path) -> None:
