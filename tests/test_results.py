@@ -372,11 +372,54 @@ def test_learners_whose_critics_have_layer_norm() -> None:
         check(cell, list(np.mean([*map(final_scores, others), ends[name]], 0)))
 
 
+def test_learners_on_batches_that_are_half_real() -> None:
+    ends = {}
+    for data, name, *cells in rows("| half real | rows |"):
+        data, _, norm = data.partition(", ")
+        end = ".layer_norm" if norm else ""
+        file = f"td3_bc.{data}{end}" if name == "real" else f"pgd/{data}.{name}.half{end}"
+        ends[data, name] = check_learner(file, cells)
+    assert len(ends) == 15
+    mean = {
+        arm: np.mean([v for (_, name), v in ends.items() if name == arm], 0)
+        for arm in ("real", "unguided", "guided")
+    }
+    (line,) = re.findall(r"mean over the five sets: (.*?);", TEXT)
+    for arm, found in mean.items():
+        (cell,) = re.findall(rf"\b{arm} ([^()]*\([^()]*\))", line)
+        check(cell, list(found))
+    for cell, one, other in (
+        ("6.4 ± 23.4", "guided", "real"),
+        ("3.9 ± 8.6", "unguided", "real"),
+        ("2.5 ± 17.8", "guided", "unguided"),
+    ):
+        assert cell in TEXT
+        check(cell, list(mean[one] - mean[other]))
+    before = final_scores("pgd/walker2d-mixed.unguided")
+    check("52.9 ± 26.9", list(ends["walker2d-mixed", "unguided"] - before))
+    gains = []
+    for data, *cells, difference in rows("| half real, seeds 3 to 5 |"):
+        real = "pgd/hopper.real.b" if data == "hopper-medium" else f"td3_bc.{data}.b"
+        other = [final_scores(file) for file in (real, f"pgd/{data}.guided.half.b")]
+        for cell, found in zip(cells, other, strict=True):
+            check(cell, list(found))
+        six = [
+            np.concatenate([ends[data, n], v])
+            for n, v in zip(("real", "guided"), other, strict=True)
+        ]
+        gains.append(six[1] - six[0])
+        check(difference, list(gains[-1]))
+    assert len(gains) == 3
+    check("8.8 ± 10.5", list(np.mean(gains, 0)))
+
+
 def test_iql_on_generated_rows() -> None:
     files = {
         "real": "sweep/iql.halfcheetah-medium",
         "unguided": "pgd/halfcheetah-medium.iql.c0",
         "guided, coefficient 1": "pgd/halfcheetah-medium.iql.c1",
+        "half real, unguided": "pgd/halfcheetah-medium.iql.half.c0",
+        "half real, guided, coefficient 1": "pgd/halfcheetah-medium.iql.half.c1",
     }
     last = {}
     for name, *cells in rows("| rows, halfcheetah-medium, IQL |"):
@@ -387,6 +430,19 @@ def test_iql_on_generated_rows() -> None:
     assert set(last) == set(files)
     check("6.4 ± 4.3", list(last["real"] - last["unguided"]))
     check("19.3 ± 19.1", list(last["unguided"] - last["guided, coefficient 1"]))
+    half = last["half real, guided, coefficient 1"]
+    check("25.0 ± 12.8", list(half - last["guided, coefficient 1"]))
+    check("-0.7 ± 3.7", list(half - last["real"]))
+    files = {
+        "real": "iql.hopper-medium",
+        "unguided": "pgd/hopper-medium.iql.unguided",
+        "guided, coefficient 1": "pgd/hopper-medium.iql.guided",
+    }
+    last = {
+        name: check_learner(files[name], c) for name, *c in rows("| rows, hopper-medium, IQL |")
+    }
+    check("-16.3 ± 96.5", list(last["unguided"] - last["real"]))
+    check("-41.7 ± 125.1", list(last["guided, coefficient 1"] - last["real"]))
 
 
 def test_learners_on_generated_rows_of_the_cheetah() -> None:
