@@ -78,8 +78,13 @@ class MultiHead(nn.Module):
 
     def together(self, parts: Sequence[tuple[int, Tensor]]) -> Sequence[Tensor]:
         """Actions of several tasks' observations, (task, (B, obs)) each, in one pass."""
+        if len(parts) == 1:  # without row counts, which an exported policy would keep as constants
+            ((task, obs),) = parts
+            return [
+                torch.tanh(self.heads[task](self.hidden(self.inputs[self.entrance[task]](obs))))
+            ]
         alike = {(self.sizes[task], obs.shape) for task, obs in parts}
-        if len(parts) > 1 and len(alike) == 1:
+        if len(alike) == 1:
             tasks = [task for task, _ in parts]
             return self.side_by_side(tasks, torch.stack([obs for _, obs in parts])).unbind()
         x = torch.cat([self.inputs[self.entrance[task]](obs) for task, obs in parts])

@@ -228,7 +228,9 @@ def _flags(source: Source, key: str) -> np.ndarray:
     """(N,) bool from bool, integer or float columns of shape (N,) or (N, 1)."""
     if source.kinds[key] == "b":
         return source.read(key, np.bool_).reshape(-1)
-    flags: np.ndarray = source.read(key, np.float32).reshape(-1) != 0
+    found = source.read(key, np.float32).reshape(-1)
+    _check_finite(found, key, source.path)
+    flags: np.ndarray = found != 0
     return flags
 
 

@@ -158,10 +158,16 @@ def _described(id: str, path: Path) -> DatasetInfo:
     else:
         scores = reference_scores_of(of) if of else None
         horizon = family(of)["horizon"] if of and of != "maze2d" else None
-    if "reference_min" in attributes and "reference_max" in attributes:
-        scores = float(attributes["reference_min"]), float(attributes["reference_max"])
-    if "horizon" in attributes:
-        horizon = int(attributes["horizon"])
+    try:
+        if "reference_min" in attributes and "reference_max" in attributes:
+            scores = float(attributes["reference_min"]), float(attributes["reference_max"])
+        if "horizon" in attributes:
+            horizon = int(attributes["horizon"])
+    except (TypeError, ValueError) as error:
+        raise UserError(
+            f"{path}: its attributes horizon, reference_min and reference_max must be numbers "
+            f"({error})"
+        ) from error
     ant = of == "ant" and width == _ANT_WIDTHS[0] and re.match(r"Ant-v\d$", str(env_id))
     return DatasetInfo(
         id=id,

@@ -598,6 +598,7 @@ def poisoned(key: str, value: float) -> dict[str, Any]:
         (poisoned("observations", np.nan), ["observations holds NaN", "row 6"]),
         (poisoned("rewards", np.inf), ["rewards holds NaN or infinite", "1 rows"]),
         (poisoned("next_observations", -np.inf), ["next_observations holds"]),
+        (damaged(terminals=np.full(12, np.nan)), ["terminals holds NaN", "row 0"]),
         (poisoned("actions", 1.5), ["outside the box", "row 6", "1.5", "rescale"]),
     ],
 )

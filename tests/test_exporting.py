@@ -114,6 +114,24 @@ def test_a_file_equals_its_policy(
     assert [p.name for p in path.parent.iterdir()] == [path.name]
 
 
+@pytest.mark.parametrize("format", ["torch", "torchscript"])
+def test_a_policy_with_heads_is_exported_too(run: Path, format: str, tmp_path: Path) -> None:
+    small = {"hidden": [8], "learner_config": {"hidden": [8]}, "memory": 20, "selector": "random"}
+    folder = rl_shift.train(
+        "oer",
+        dataset=run.parent / "data.hdf5",
+        env=ENV,
+        updates=5,
+        agent_config={**small, "dynamics_updates": 1, "dynamics_hidden": [8]},
+        run_dir=tmp_path / "oer",
+        eval_every=0,
+        eval_episodes=1,
+        progress=False,
+    )
+    path = tmp_path / f"policy.{format}"
+    assert cli.main(["export", str(folder), "--format", format, "--out", str(path)]) == 0
+
+
 @pytest.mark.skipif(
     importlib.util.find_spec("onnxruntime") is None, reason="needs the extra export"
 )
