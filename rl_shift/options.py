@@ -162,7 +162,7 @@ class Parser:
 
 
 def _takes_none(hint: Any) -> bool:
-    return hint is Any or type(None) in typing.get_args(hint)
+    return hint is Any or bool({type(None), None} & {*typing.get_args(hint)})
 
 
 def options_of(cls: type, prefix: str = "") -> list[Option]:

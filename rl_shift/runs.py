@@ -365,7 +365,7 @@ def _prepared(folder: Path, run: RunConfig) -> Iterator[None]:
     except BaseException as error:
         ended = isinstance(error, TrainingDiverged | KeyboardInterrupt | GeneratorExit)
         if not _has_checkpoints(folder):
-            if aside.is_dir():
+            if aside.is_dir() and (not ended or _has_checkpoints(aside)):
                 _clear(folder)
                 for entry in aside.iterdir():
                     entry.rename(folder / entry.name)

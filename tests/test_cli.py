@@ -328,6 +328,11 @@ def test_overwriting_loses_nothing_that_is_no_run(
     assert cli.main([*argv, str(folder), "--agent.learning_rate", "1e30"]) == 2  # diverges
     capsys.readouterr()
     assert cli.main(["evaluate", str(folder), "--episodes", "1"]) == 0  # the finished run is back
+    begun = tmp_path / "begun"  # as a sweep makes it: there is nothing to give back
+    begun.mkdir()
+    shutil.copy(Path(run_dir) / "config.yaml", begun)
+    assert cli.main([*argv, str(begun), "--agent.learning_rate", "1e30"]) == 2
+    assert json.loads((begun / "results.json").read_text())["status"] == "failed"
 
 
 def test_a_run_that_fails_late_keeps_its_logs(
