@@ -222,8 +222,9 @@ class SPL(Wrapper):
         mean_there, std_there = self.run(self.moments, buffer.take(unknown))
         beyond = (std_there > std.quantile(0.95)).float().mean()
         gap = (self.lower(mean_there, std_there) - mean_there).mean()
-        found = torch.stack([covered, beyond, gap])
-        self.report.copy_(found.nan_to_num())  # nothing is uncertain where no reward is unknown
+        if not len(unknown):  # every reward is known
+            beyond = gap = torch.zeros_like(covered)
+        self.report.copy_(torch.stack([covered, beyond, gap]))
 
     # ---- what the base sees ------------------------------------------------------------------
 
