@@ -176,7 +176,7 @@ class PGD(Wrapper):
                 f"give --agent.window {theirs} instead of {self.config.window}"
             )
         super().reuse(field, source)
-        self.synthetic.learnt_from = source.begun[-1] if source.begun else None
+        self.synthetic.reuse(source)
 
     # ---- generation ----------------------------------------------------------------------------
 

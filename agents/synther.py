@@ -101,7 +101,7 @@ class SynthER(Wrapper):
     def reuse(self, field: str, source: Agent) -> None:
         """Take a trained denoiser."""
         super().reuse(field, source)
-        self.synthetic.learnt_from = source.begun[-1] if source.begun else None
+        self.synthetic.reuse(source)
 
     def rows(self, count: int) -> Batch:
         """Generated transitions."""

@@ -39,6 +39,7 @@ __all__ = ["Lock", "latest", "load", "save", "save_step", "versions"]
 
 FORMAT = 1
 STRUCTURE = "train_state.json"
+ASIDE = ".overwritten"  # in a run folder: what it held before, until the new run has begun
 _STEP = re.compile(r"step_(\d+)(\.replaced)?")
 log = logging.getLogger(__name__)
 _PACKAGES = ("torch", "numpy", "gymnasium", "mujoco", "safetensors", "h5py")
@@ -222,7 +223,7 @@ def latest(run_dir: Path) -> Path:
                 f"taking {found[-1].name}, which is older" if found else "there is no older one",
             )
     if not found:
-        aside = run_dir / ".overwritten"
+        aside = run_dir / ASIDE
         kept = f"; what it was to overwrite lies in {aside}" if aside.is_dir() else ""
         raise UserError(
             f"no checkpoint to resume from in {run_dir / 'checkpoints'}: give the folder of a run, "

@@ -184,9 +184,7 @@ def _convert(argv: list[str]) -> int:
     words, settings, _ = given
     if len(words) != 2:
         raise UserError("give a dataset and where to write it: rl-shift data convert ID|PATH OUT")
-    out = Path(words[1])
-    if out.exists() and not settings.overwrite:
-        raise UserError(f"{out} exists: choose another name, or give --overwrite true")
+    _check_new(Path(words[1]), settings.overwrite)
     from rl_shift.data_convert import convert
 
     print(f"saved {convert(words[0], words[1], settings.compression)}")
@@ -259,8 +257,7 @@ def _collect(argv: list[str]) -> int:
     if out.suffix not in (".hdf5", ".h5"):
         raise UserError(f"--out {out} must end in .hdf5 or .h5, which datasets are found by")
     check_seed(settings.seed)
-    if out.exists() and not settings.overwrite:
-        raise UserError(f"--out {out} exists: choose another name, or give --overwrite true")
+    _check_new(out, settings.overwrite)
     limit_torch(settings.threads)
     from rl_shift.recording import record
 
@@ -277,6 +274,11 @@ def _collect(argv: list[str]) -> int:
         )
     print(f"saved {path}")
     return 0
+
+
+def _check_new(out: Path, overwrite: bool) -> None:
+    if out.exists() and not overwrite:
+        raise UserError(f"{out} exists: choose another name, or give --overwrite true")
 
 
 class _Bar:

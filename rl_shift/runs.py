@@ -345,8 +345,7 @@ def _set_torch(run: RunConfig) -> None:
 # ---- the run folder ----------------------------------------------------------------------------
 
 
-_ASIDE = ".overwritten"  # what an overwritten folder held, until the new run has begun
-_STAYS = ("lock", LOG, _ASIDE)
+_STAYS = ("lock", LOG, checkpoint.ASIDE)
 _OF_A_RUN = ("config.yaml", "results.json", "metrics.jsonl", "checkpoints", "seed0", LOG)
 
 
@@ -359,7 +358,7 @@ def _prepared(folder: Path, run: RunConfig) -> Iterator[None]:
     """
     fresh = not folder.exists()
     _empty(folder, run)
-    aside = folder / _ASIDE
+    aside = folder / checkpoint.ASIDE
     try:
         yield
     except BaseException as error:
@@ -407,13 +406,13 @@ def _empty(folder: Path, run: RunConfig) -> None:
                     "with --overwrite"
                 )
             names = sorted(entry.name for entry in folder.iterdir() if entry.name != "lock")
-            if names and not {*_OF_A_RUN, _ASIDE} & {*names}:
+            if names and not {*_OF_A_RUN, checkpoint.ASIDE} & {*names}:
                 raise UserError(
                     f"--overwrite empties folders of runs, {folder} is none (it holds "
                     f"{', '.join(names[:3])}): choose another --run-dir"
                 )
             with checkpoint.Lock(folder):
-                aside = folder / _ASIDE
+                aside = folder / checkpoint.ASIDE
                 if aside.is_dir() and not _has_checkpoints(folder):  # left by a run that was killed
                     _clear(folder)
                 else:
@@ -477,7 +476,7 @@ def _run(
         checkpoint.save_step(
             folder, _position(clock), state, config.dump(run), meta, run.keep_checkpoints
         )
-        shutil.rmtree(folder / _ASIDE, ignore_errors=True)
+        shutil.rmtree(folder / checkpoint.ASIDE, ignore_errors=True)
 
     def results(status: str, errors: Mapping[str, str] | None = None) -> None:
         content = _results(run, tasks, data, trainer, wall(), device, status)

@@ -23,6 +23,8 @@ from rl_shift.errors import UserError
 if TYPE_CHECKING:
     from rl_shift.config import Task
 
+NEEDS_DATASET = "generated data need a dataset to learn from: give no --env-steps"
+
 
 class Synthetic:
     """A ring of generated rows per seed beside the real data; empty until a task begins.
@@ -48,6 +50,10 @@ class Synthetic:
         self.rings: list[Buffer] = []
         self.task, self.blocks = -1, 0
         self.learnt_from: Task | None = None  # by a model that is reused
+
+    def reuse(self, source: Agent) -> None:
+        """Remember the data that the model of another run, now reused, has learnt from."""
+        self.learnt_from = source.begun[-1] if source.begun else None
 
     def begin(self, rows: int, real: Buffer, task: Task) -> None:
         """Empty rings for the next task, on the device and with the seeds of its real data.
@@ -136,7 +142,7 @@ def needs_dataset(task: Task) -> None:
         UserError: for a task with env_steps, or without a dataset.
     """
     if task.env_steps or task.data is None:
-        raise UserError("generated data need a dataset to learn from: give no --env-steps")
+        raise UserError(NEEDS_DATASET)
 
 
 def share(total: int, parts: int, part: int) -> int:
@@ -169,7 +175,7 @@ def taking_turns(legs: Iterable[Stage], every: int, first: Stage, again: Stage) 
     generates = first
     for leg in legs:
         if leg.env_steps:
-            raise UserError("generated data need a dataset to learn from: give no --env-steps")
+            raise UserError(NEEDS_DATASET)
         if not leg.counted or not leg.updates:
             stages.append(leg)
             continue
